@@ -1,0 +1,95 @@
+"""Labels for the step controller (Sec. 3.2): the LPIPS of 0, 10, ..., 100 inverse steps on many patches.
+
+    python build_step_labels.py --data sidd --model runs/sidd
+    python build_step_labels.py --data sample --model runs/try --patches 20 --size 128
+
+Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rng import crops, data, metrics, tiling
+from rng.controller import STEPS
+from rng.errors import InputError, script
+from rng.pipeline import RnG
+
+
+@script
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("runs/rng"), help="model folder with recon.pt and gen.pt (default: runs/rng)")
+    data.add_arguments(parser)
+    parser.add_argument("--patches", type=int, default=20000, help="how many patches (default: 20000)")
+    parser.add_argument("--size", type=int, default=256, help="side of a patch, 64 to 256 pixels (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of patches and noise (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--lpips-backbone", help="file with AlexNet's convolutions (default: fetched once)")
+    args = parser.parse_args(argv)
+    if not 64 <= args.size <= tiling.PATCH:
+        raise InputError(f"--size must lie between 64 and {tiling.PATCH}, not {args.size}")
+
+    model = RnG.load(args.model, args.device, args.precision)
+    lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
+    sets, _ = data.training_items(args, 0)
+    weights = np.array(args.weight or [1] * len(sets), float)
+    mix = crops.NoiseMix(args.sigma, args.camera, args.clip_noisy)
+    path = args.model / "step_labels.jsonl"
+    done = drop_torn_line(path)
+
+    started = time.time()
+    for n in range(done, args.patches):
+        generator = np.random.default_rng([args.seed, crops.LABELS, n])
+        some = sets[generator.choice(len(sets), p=weights / weights.sum())]
+        item = some[generator.integers(len(some))]
+        clean, noisy = item.read()
+        top, left = crops.random_place(clean, args.size, generator)
+        sigma, clip = mix.draw(generator) if noisy is None else (None, False)
+        label = {"image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma, "clip": clip,
+                 "seed": int(generator.integers(2 ** 32))}
+        label["lpips"] = lpips_of_each_step(model, lpips, *crops.labelled_patch(clean, noisy, label), label["seed"])
+        label["best"] = STEPS[int(np.argmin(label["lpips"]))]  # ties go to the smaller step
+        with open(path, "a") as file:
+            file.write(json.dumps(label) + "\n")
+        rate = (n + 1 - done) / (time.time() - started)
+        left = time.strftime("%H:%M:%S", time.gmtime((args.patches - n - 1) / rate))
+        print(f"patch {n + 1}/{args.patches}  {rate:.2f} patches/s  left {left}",
+              end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+    return 0
+
+
+def lpips_of_each_step(model, lpips, noisy, clean, seed):
+    """noisy, clean: (3, H, W) in [0, 1]; one noise seed for all step counts -> list of 11 LPIPS values."""
+    x = noisy.expand(len(STEPS), -1, -1, -1).to(model.device)
+    height, width = x.shape[-2:]
+    y_r = model.reconstruct(x[:1]).expand_as(x)
+
+    def noise(key, index):
+        return tiling.patch_noise(seed, key, 0, 0)[:, :height, :width].expand(len(index), -1, -1, -1).to(model.device)
+
+    y = (y_r + model.generate(x, y_r, list(STEPS), noise)).clamp(0, 1)
+    with torch.no_grad():
+        return [round(value, 6) for value in lpips(y, clean.expand_as(y).to(model.device)).tolist()]
+
+
+def drop_torn_line(path):
+    """Cuts off an unfinished last line, left by a kill -> number of labels in the file."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.count(b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Reconstruct-and-Generate diffusion model for image denoising (arXiv 2309.10714)."""

@@ -1,0 +1,88 @@
+"""Weight files: {"kind", "config", "state_dict", "info"}, tensors and plain types only, written atomically."""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from rng.controller import StepController
+from rng.errors import InputError
+from rng.nafnet import NAFNet, config_from_state_dict
+from rng.unet import UNet
+
+
+def save_atomic(path, content):
+    """torch.save beside the target, then a rename: a reader finds the old file or the new one, never half of one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written; is there space on the disk, and the right to write? ({error})") from error
+
+
+def load(path):
+    """torch.load with weights_only=True (no code in the file can run); raises InputError with one sentence."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; train it first (README, Training) or name another file or folder")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"{path} is damaged or not a weight file of this project; fetch or train it again") from error
+
+
+def save_weights(path, kind, config, network, info):
+    """Writes one network: float16, but batch normalisation's statistics float32. kind: recon, gen or controller."""
+    state_dict = {name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor.clone()
+                  for name, tensor in network.state_dict().items()}
+    save_atomic(path, {"kind": kind, "config": config, "state_dict": state_dict, "info": info})
+
+
+def load_weights(path, kind):
+    """Reads a weight file; a wrong kind or a damaged file raises InputError. Returns the dictionary."""
+    content = load(path)
+    if not isinstance(content, dict) or not {"kind", "config", "state_dict", "info"} <= content.keys():
+        raise InputError(f"{path} is not a weight file of this project; fetch or train it again")
+    if content["kind"] != kind:
+        raise InputError(f"{path} holds a network of kind {content['kind']!r}, but {kind!r} is needed here; name another file")
+    return content
+
+
+def _filled(network, state_dict, path):
+    try:
+        network.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise InputError(f"{path} holds other parameters than its configuration says; fetch or train it again") from error
+    return network.eval()
+
+
+def load_recon(path):
+    """r from recon.pt, or from an official NAFNet checkpoint: {"params": state_dict}, names perhaps behind `module.`."""
+    content = load(path)
+    if isinstance(content, dict) and "params" in content:
+        state_dict = {name.removeprefix("module."): tensor for name, tensor in content["params"].items()}
+        try:
+            config = config_from_state_dict(state_dict)
+        except KeyError as error:
+            raise InputError(f"{path} has no NAFNet in it (no intro.weight); name a NAFNet checkpoint") from error
+        return _filled(NAFNet(**config), state_dict, path)
+    content = load_weights(path, "recon")
+    config = dict(content["config"])
+    network = NAFNet if config.pop("arch") == "nafnet" else UNet
+    return _filled(network(**config), content["state_dict"], path)
+
+
+def load_gen(path):
+    """g from gen.pt -> (UNet, settings), settings = {"condition", "target", "residual_scale"} (see train_gen.py)."""
+    content = load_weights(path, "gen")
+    config = {key: value for key, value in content["config"]["unet"].items() if key != "arch"}
+    settings = {key: value for key, value in content["config"].items() if key != "unet"}
+    return _filled(UNet(**config), content["state_dict"], path), settings
+
+
+def load_controller(path):
+    """s from controller.pt."""
+    content = load_weights(path, "controller")
+    return _filled(StepController(**content["config"]), content["state_dict"], path)

@@ -1,0 +1,118 @@
+"""r, the reconstructive network: NAFNet (Chen et al., "Simple Baselines for Image Restoration", ECCV 2022).
+
+Parameter names are those of the official code, so its checkpoints load as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LayerNorm2d(nn.Module):
+    """Layer normalisation over the channels of each pixel, (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x):
+        # channels-last memory makes both permutes free
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class SimpleGate(nn.Module):
+    """Half of the channels gates the other half: NAFNet's only nonlinearity."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, dim=1)
+        return a * b
+
+
+class NAFBlock(nn.Module):
+    """Depth-wise convolution, gate and channel attention, then a gated pointwise feed-forward part.
+
+    beta and gamma start at zero, so a new block is the identity.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, 2 * c, 1)
+        self.conv2 = nn.Conv2d(2 * c, 2 * c, 3, padding=1, groups=2 * c)
+        self.conv3 = nn.Conv2d(c, c, 1)
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c, 1))  # simplified channel attention
+        self.sg = SimpleGate()
+        self.conv4 = nn.Conv2d(c, 2 * c, 1)
+        self.conv5 = nn.Conv2d(c, c, 1)
+        self.norm1 = LayerNorm2d(c)
+        self.norm2 = LayerNorm2d(c)
+        self.beta = nn.Parameter(torch.zeros(1, c, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(1, c, 1, 1))
+
+    def forward(self, x):                                   # (N, C, H, W)
+        y = self.sg(self.conv2(self.conv1(self.norm1(x))))  # (N, C, H, W), 2C before the gate
+        y = self.conv3(y * self.sca(y))                     # (N, C, H, W)
+        x = x + y * self.beta
+        y = self.conv5(self.sg(self.conv4(self.norm2(x))))  # (N, C, H, W)
+        return x + y * self.gamma
+
+
+class NAFNet(nn.Module):
+    """Noisy image in, clean image out: a U-shaped stack of NAFBlocks around a global residual connection.
+
+    width: channels at full resolution; they double at each of the len(enc) levels.
+    enc, dec: blocks per level, finest level first for enc and last for dec; middle: blocks at the coarsest level.
+    """
+
+    def __init__(self, width=64, enc=(2, 2, 4, 8), middle=12, dec=(2, 2, 2, 2)):
+        super().__init__()
+        self.config = {"arch": "nafnet", "width": width, "enc": list(enc), "middle": middle, "dec": list(dec)}
+        self.intro = nn.Conv2d(3, width, 3, padding=1)
+        self.ending = nn.Conv2d(width, 3, 3, padding=1)
+        self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
+        self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
+        c = width
+        for blocks in enc:
+            self.encoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
+            self.downs.append(nn.Conv2d(c, 2 * c, 2, stride=2))
+            c *= 2
+        self.middle_blks = nn.Sequential(*[NAFBlock(c) for _ in range(middle)])
+        for blocks in dec:
+            self.ups.append(nn.Sequential(nn.Conv2d(c, 2 * c, 1, bias=False), nn.PixelShuffle(2)))
+            c //= 2
+            self.decoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
+
+    def forward(self, x):
+        """x: noisy images (N, 3, H, W), RGB in [0, 1], any H and W from 1 -> r(x), the same shape."""
+        height, width = x.shape[-2:]
+        multiple = 2 ** len(self.encoders)
+        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # with zeros, as the official code does
+        h = self.intro(x)                                            # (N, C, H, W)
+        skips = []
+        for encoder, down in zip(self.encoders, self.downs):
+            h = encoder(h)
+            skips.append(h)
+            h = down(h)                                              # (N, 2C, H/2, W/2) and so on
+        h = self.middle_blks(h)
+        for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
+            h = decoder(up(h) + skip)
+        return (self.ending(h) + x)[..., :height, :width]            # (N, 3, H, W)
+
+
+def config_from_state_dict(state_dict):
+    """Reads width and block counts off the parameter names of an official NAFNet checkpoint.
+
+    Returns the arguments of NAFNet; raises KeyError if the names are not those of a NAFNet.
+    """
+    def count(prefix):
+        return len({int(name[len(prefix):].split(".")[0]) for name in state_dict if name.startswith(prefix)})
+
+    levels = count("downs.")
+    return {
+        "width": state_dict["intro.weight"].shape[0],
+        "enc": [count(f"encoders.{level}.") for level in range(levels)],
+        "middle": count("middle_blks."),
+        "dec": [count(f"decoders.{level}.") for level in range(levels)],
+    }

@@ -1,0 +1,191 @@
+"""What the training scripts share: options, EMA, checkpoint and resume, progress, log, signals."""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from rng import checkpoint, data, device
+from rng.errors import InputError
+
+REPORT_EVERY = 50  # iterations
+# Options that may change between two runs of one training without changing its result.
+FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "lpips_backbone"}
+
+
+def parse(parser, presets, argv):
+    """Adds the options that the training scripts share, takes defaults from presets {name: {option: value}}, parses."""
+    add = parser.add_argument
+    add("--model", type=Path, default=Path("runs/rng"), help="model folder, written to; the same command resumes (default: runs/rng)")
+    add("--preset", choices=sorted(presets), default="paper", help="where the defaults marked * come from (default: paper)")
+    add("--iterations", type=int, help="* optimiser steps")
+    add("--batch", type=int, help="* samples per iteration")
+    add("--lr", type=float, help="* learning rate of AdamW")
+    add("--cosine", action=argparse.BooleanOptionalAction, help="* the learning rate falls to zero as a half cosine")
+    add("--weight-decay", type=float, help="* of AdamW")
+    add("--clip-grad", type=float, help="* largest norm of the gradient")
+    add("--ema", type=float, help="* decay of the averaged weights, reached after a warm-up")
+    add("--seed", type=int, default=0, help="of data, noise and initial weights (default: 0)")
+    add("--save-every", type=int, default=1000, help="iterations between validation and checkpoint (default: 1000)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 where it pays (default)")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--preset", choices=sorted(presets), default="paper")
+    parser.set_defaults(**presets[chosen.parse_known_args(argv)[0].preset])
+    return parser.parse_args(argv)
+
+
+def add_crop_arguments(parser):
+    """The options of the stages that learn from crops."""
+    data.add_arguments(parser)
+    parser.add_argument("--crop", type=int, help="* side of a crop, pixels")
+    parser.add_argument("--validation", type=int, default=16, help="validation crops, of pictures held out (default: 16)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make the crops (default: 2)")
+
+
+def reconstruction_loss(clean, estimate, kind="mse"):
+    """Eq. 4 with p = 2, mean ||y - r(x)||^2; kind "psnr" is NAFNet's own loss, the mean of -PSNR in dB.
+
+    clean, estimate: (N, 3, H, W) in [0, 1].
+    """
+    squared = (clean - estimate.float()).square()
+    return squared.mean() if kind == "mse" else 10 * torch.log10(squared.mean(dim=(1, 2, 3)) + 1e-8).mean()
+
+
+def make_folder(folder):
+    """Creates a folder and its parents where they are missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be a folder to write to; name another one") from error
+
+
+class Run:
+    """One training: `for batch in run.batches(): ...; run.step(loss)`.
+
+    args: as parse returns them; stage: "recon", "gen" or "controller", names the files; networks: {name: Module},
+    trained together; stream(start, stop): yields the batches {name: tensor} of those iterations, as a function of the
+    iteration alone; validate(networks) -> {name: number} and publish(networks, info), which writes the weight files,
+    both get the averaged (EMA) networks.
+    """
+
+    def __init__(self, args, stage, networks, stream, validate, publish):
+        self.args, self.stage, self.networks, self.stream = args, stage, networks, stream
+        self.validate, self.publish = validate, publish
+        self.device = device.pick(args.device)
+        for network in networks.values():
+            network.to(self.device, memory_format=torch.channels_last).train()
+        self.parameters = [p for network in networks.values() for p in network.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
+        self.averaged = {name: copy.deepcopy(network).eval().requires_grad_(False) for name, network in networks.items()}
+        self.iteration, self.signal = 0, None
+        make_folder(args.model)
+        self.last, self.log_path = args.model / f"last_{stage}.pt", args.model / f"train_{stage}.jsonl"
+        self.settings = json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in FREE_OPTIONS},
+                                              default=str))
+        if self.last.exists():
+            self._resume()
+
+    def autocast(self):
+        """The context of the forward pass, `--precision`."""
+        return device.autocast(self.device, self.args.precision)
+
+    def batches(self):
+        """Yields the batch of each iteration left, on the device; reports, validates and saves in between."""
+        args = self.args
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        started, seen, losses = time.time(), 0, []
+        try:
+            for batch in self.stream(self.iteration, args.iterations):
+                yield {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
+                seen += 1
+                losses.append(self.loss)
+                save = self.iteration % args.save_every == 0 or self.iteration == args.iterations
+                if save or self.signal or self.iteration % REPORT_EVERY == 0:
+                    rate = seen / (time.time() - started)
+                    info = {"iteration": self.iteration, "images_per_s": rate * args.batch, "loss": sum(losses) / len(losses)}
+                    if save:
+                        info |= self._validated()
+                    self._report(info, (args.iterations - self.iteration) / rate)
+                    losses = []
+                if save or self.signal:
+                    self._save(info)
+                    started, seen = time.time(), 0
+                if self.signal:
+                    print(f"stopped and saved at iteration {self.iteration}; the same command goes on", file=sys.stderr)
+                    sys.exit(128 + self.signal)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def step(self, loss):
+        """Backward, clipped AdamW step, moving average of the weights."""
+        args, k = self.args, self.iteration
+        self.loss = loss.item()
+        if not math.isfinite(self.loss):
+            raise InputError(f"the loss became {self.loss} at iteration {k + 1}; the last checkpoint is kept: "
+                             "try a smaller --lr or --precision float32")
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * (0.5 * (1 + math.cos(math.pi * k / args.iterations)) if args.cosine else 1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, args.clip_grad)
+        self.optimizer.step()
+        # warm-up, or a short run would show its initial weights
+        decay = min(args.ema, (k + 1) / (k + 10))
+        with torch.no_grad():
+            for name, network in self.networks.items():
+                for average, parameter in zip(self.averaged[name].parameters(), network.parameters()):
+                    average.lerp_(parameter, 1 - decay)
+                for average, buffer in zip(self.averaged[name].buffers(), network.buffers()):
+                    average.copy_(buffer)
+        self.iteration += 1
+
+    def _validated(self):
+        with torch.no_grad(), self.autocast():
+            return self.validate(self.averaged)
+
+    def _report(self, info, seconds_left):
+        with open(self.log_path, "a") as log:
+            log.write(json.dumps(info) + "\n")
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in info.items() if key != "iteration")
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        line = f"iteration {self.iteration}/{self.args.iterations}  {numbers}  left {left}"
+        print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+    def _save(self, info):
+        state = {"settings": self.settings, "iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
+        for name in self.networks:
+            state[name] = {"weights": self.networks[name].state_dict(), "averaged": self.averaged[name].state_dict()}
+        checkpoint.save_atomic(self.last, state)
+        self.publish(self.averaged, info | {"settings": self.settings})
+
+    def _resume(self):
+        state = checkpoint.load(self.last)
+        changed = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
+        if changed:
+            raise InputError(f"{self.last} was made with another --{changed[0].replace('_', '-')} "
+                             f"({state['settings'].get(changed[0])}, now {self.settings[changed[0]]}); "
+                             "use the same settings, or a new --model folder to start afresh")
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in self.networks:
+            self.networks[name].load_state_dict(state[name]["weights"])
+            self.averaged[name].load_state_dict(state[name]["averaged"])
+        self.iteration = state["iteration"]
+        # what was logged after the checkpoint happens again
+        lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration]
+        temporary = self.log_path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.log_path)
+        print(f"{self.last}: going on at iteration {self.iteration}", file=sys.stderr)
+
+    def _stop(self, number, frame):
+        self.signal = number

@@ -1,0 +1,96 @@
+"""g, the generative network: the conditional U-Net of ref. [47] (Whang et al., 2022); also Table 1's U-Net r."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def noise_level_embedding(gamma, dim):
+    """Sinusoidal embedding of the noise level, as in WaveGrad (ref. [13]): sin and cos of 5000 sqrt(gamma).
+
+    gamma: (N,) float64 in [0, 1] -> (N, dim) float32. Never in bfloat16, which turns 0.999 into 1.
+    """
+    position = 5000 * gamma.double().sqrt()                                   # (N,)
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=gamma.device) / (dim // 2))
+    angle = position[:, None] * frequency.double()                            # (N, dim / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()               # (N, dim)
+
+
+class ResBlock(nn.Module):
+    """Two SiLU convolutions around a skip connection; the noise level scales and shifts between them."""
+
+    def __init__(self, c_in, c_out, embedding):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.level = nn.Linear(embedding, 2 * c_out) if embedding else None
+
+    def forward(self, h, level):                                              # (N, C_in, H, W), (N, E) or None
+        y = self.conv1(F.silu(h))                                             # (N, C_out, H, W)
+        if self.level is not None:
+            scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)
+            y = y * (1 + scale) + shift
+        return self.skip(h) + self.conv2(F.silu(y))                           # (N, C_out, H, W)
+
+
+class UNet(nn.Module):
+    """Fully convolutional U-Net without attention or normalisation (design choices: README, "Where the paper is silent").
+
+    base: channels at full resolution; multipliers: of base, one per level; blocks: residual blocks per level.
+    conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
+    noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
+    noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, the identity at the start.
+    """
+
+    def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True):
+        super().__init__()
+        self.config = {"arch": "unet", "base": base, "multipliers": list(multipliers), "blocks": blocks,
+                       "conditions": conditions, "noise_level": noise_level}
+        self.base, self.noise_level = base, noise_level
+        embedding = 4 * base if noise_level else 0
+        if noise_level:
+            self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        channels = [base * m for m in multipliers]
+        self.intro = nn.Conv2d(3 * conditions + 3 * noise_level, base, 3, padding=1)
+        self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
+        self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
+        for c, c_next in zip(channels[:-1], channels[1:]):
+            self.encoders.append(nn.ModuleList([ResBlock(c, c, embedding) for _ in range(blocks)]))
+            self.downs.append(nn.Conv2d(c, c_next, 3, stride=2, padding=1))
+        self.middle = nn.ModuleList([ResBlock(channels[-1], channels[-1], embedding) for _ in range(2 * blocks)])
+        for c, c_next in zip(channels[-2::-1], channels[:0:-1]):
+            self.ups.append(nn.Conv2d(c_next, c, 3, padding=1))
+            self.decoders.append(nn.ModuleList(
+                [ResBlock(2 * c if i == 0 else c, c, embedding) for i in range(blocks)]))
+        self.ending = nn.Conv2d(base, 3, 3, padding=1)
+        nn.init.zeros_(self.ending.weight)
+        nn.init.zeros_(self.ending.bias)
+
+    def forward(self, x, d_t=None, gamma=None):
+        """x: condition (N, 3 * conditions, H, W) in [0, 1]; d_t: (N, 3, H, W), about unit variance; gamma: (N,) float64.
+
+        Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
+        """
+        height, width = x.shape[-2:]
+        h = torch.cat([x, d_t], dim=1) if self.noise_level else x
+        multiple = 2 ** len(self.downs)
+        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        level = self.mlp(noise_level_embedding(gamma, self.base)) if self.noise_level else None  # (N, E)
+        h = self.intro(h)                                                     # (N, C, H, W)
+        skips = []
+        for encoder, down in zip(self.encoders, self.downs):
+            for block in encoder:
+                h = block(h, level)
+            skips.append(h)
+            h = down(h)                                                       # (N, C', H/2, W/2) and so on
+        for block in self.middle:
+            h = block(h, level)
+        for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
+            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)
+            for block in decoder:
+                h = block(h, level)
+        out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)
+        return out if self.noise_level else x + out

@@ -1,0 +1,107 @@
+"""Trains the step controller s (Sec. 3.2) on MODEL/step_labels.jsonl; writes MODEL/controller.pt.
+
+    python train_controller.py --data sidd --model runs/sidd
+    python train_controller.py --data sample --preset small --model runs/try
+
+--data and --root name the pictures that build_step_labels.py was given.
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rng import checkpoint, crops, data, training
+from rng.controller import STEPS, StepController
+from rng.errors import InputError, script
+
+# iterations: 30 epochs of 20,000 patches; 60 of 1,000
+PRESETS = {
+    "paper": dict(c=64, iterations=9400, batch=64, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.999),
+    "small": dict(c=16, iterations=1000, batch=64, lr=1e-3, cosine=True, weight_decay=1e-2, clip_grad=1.0, ema=0.99),
+}
+
+
+@script
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", choices=data.NAMES, default=["sidd"], help="data sets of the labels")
+    parser.add_argument("--root", nargs="+", help="folder of each data set (default: datasets/NAME)")
+    parser.add_argument("--c", type=int, help="* channels of s's first block")
+    parser.add_argument("--holdout", type=float, default=0.2, help="share of the labels kept for validation (default: 0.2)")
+    args = training.parse(parser, PRESETS, argv)
+
+    patches, scores = labelled_patches(args)                                       # (M, 3, P, P) float16, (M, 11)
+    held_out = max(1, round(len(patches) * args.holdout))
+    if held_out >= len(patches):
+        raise InputError(f"{len(patches)} labels are too few to train on; run build_step_labels.py with more --patches")
+    best = scores.argmin(dim=1)                                                    # ties go to the smaller step
+
+    def stream(start, stop):
+        """Random patches of those not held out, flipped and rotated: a function of (seed, iteration)."""
+        for k in range(start, stop):
+            generator = np.random.default_rng([args.seed, k])
+            index = torch.from_numpy(generator.integers(held_out, len(patches), args.batch))
+            turns, flips = generator.integers(4, size=args.batch), generator.integers(2, size=args.batch)
+            x = [torch.rot90(patch.flip(2) if flip else patch, turn, (1, 2))
+                 for patch, turn, flip in zip(patches[index], turns.tolist(), flips)]
+            yield {"x": torch.stack(x).float(), "best": best[index]}
+
+    def validate(networks):
+        """Accuracy, and the LPIPS reached by the predicted steps beside the best fixed count's and the oracle's."""
+        x = patches[:held_out].float().split(args.batch)
+        steps = torch.cat([networks["controller"].predict_steps(some.to(run.device)).cpu() for some in x])
+        classes = torch.tensor([STEPS.index(step) for step in steps.tolist()])
+        fixed = scores[held_out:].mean(dim=0).argmin()                             # chosen on the training patches
+        return {
+            "accuracy": (classes == best[:held_out]).float().mean().item(),
+            "lpips": scores[:held_out].gather(1, classes[:, None]).mean().item(),
+            "lpips_fixed": scores[:held_out, fixed].mean().item(),
+            "fixed_steps": STEPS[fixed],
+            "lpips_oracle": scores[:held_out].amin(dim=1).mean().item(),
+            "mean_steps": steps.float().mean().item(),
+        }
+
+    def publish(networks, info):
+        checkpoint.save_weights(args.model / "controller.pt", "controller", s.config, networks["controller"], info)
+
+    torch.manual_seed(args.seed)
+    s = StepController(args.c)
+    run = training.Run(args, "controller", {"controller": s}, stream, validate, publish)
+    for batch in run.batches():
+        with run.autocast():
+            logits = s(batch["x"])                                                 # (N, 11)
+        run.step(F.cross_entropy(logits.float(), batch["best"]))
+    return 0
+
+
+def labelled_patches(args):
+    """-> noisy patches (M, 3, P, P) float16, made again from their labels, and their LPIPS values (M, 11)."""
+    path = args.model / "step_labels.jsonl"
+    try:
+        labels = [json.loads(line) for line in path.read_text().splitlines()]
+        scores = torch.tensor([label["lpips"] for label in labels])
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; run build_step_labels.py first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
+    sets, _ = data.training_items(args, 0)
+    items = {item.name: item for some in sets for item in some}
+    patches, opened = [None] * len(labels), None
+    for i in sorted(range(len(labels)), key=lambda i: labels[i]["image"]):  # so that each picture is decoded once
+        name = labels[i]["image"]
+        if name not in items:
+            raise InputError(f"{path} names the picture {name}, which --data and --root do not hold; name the labels' own")
+        if name != opened:
+            opened, pictures = name, items[name].read()
+        patches[i] = crops.labelled_patch(*pictures, labels[i])[0].half()
+    if len({patch.shape for patch in patches}) != 1:
+        raise InputError(f"{path} holds no labels, or patches of several sizes; use one --size for all")
+    return torch.stack(patches), scores
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Stage 2 (Sec. 3.1, Eqs. 1, 2 and 5): trains the generative network g, with r frozen; writes MODEL/gen.pt.
+
+    python train_gen.py --data sidd --model runs/sidd
+    python train_gen.py --data sample --preset small --iterations 300 --model runs/try
+    python train_gen.py --data sidd --model runs/joint --scheme joint        (Table 1)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from rng import checkpoint, crops, ddpm, device, metrics, training
+from rng.errors import script
+from rng.pipeline import RnG, condition
+from rng.unet import UNet
+
+PRESETS = {
+    "paper": dict(base=64, blocks=3, iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False,
+                  weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
+    "small": dict(base=32, blocks=1, iterations=15000, batch=16, crop=64, lr=4e-4, cosine=True,
+                  weight_decay=1e-4, clip_grad=1.0, ema=0.999),
+}
+T_TRAIN, END_TRAIN = 2000, 0.01  # the paper's fine-grained training schedule, 1e-6 to 0.01
+VALIDATION_STEPS = 20             # inverse steps of the validation LPIPS
+SCALE_BATCHES = 32                # on which the residual's standard deviation is measured
+
+
+@script
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=int, help="* g's channels at full resolution")
+    parser.add_argument("--blocks", type=int, help="* g's residual blocks per level")
+    parser.add_argument("--scheme", choices=["two-stage", "joint", "intermediate"], default="two-stage",
+                        help="two-stage: r is MODEL/recon.pt, frozen; joint: a new U-Net r learns through Eq. 5 alone; "
+                             "intermediate: through Eqs. 4 and 5")
+    parser.add_argument("--condition", choices=["noisy", "initial", "both"], default="noisy",
+                        help="what g sees: x as in the paper, r(x) (Table 1), or both (not in the paper)")
+    parser.add_argument("--target", choices=["residual", "clean"], default="residual",
+                        help="clean: Table 4's generative part only, r is the constant 0.5")
+    parser.add_argument("--residual-scale", type=float,
+                        help="g learns (y - r(x)) times this; default 1 / std(y - r(x)), measured; 1 is the paper's letter")
+    parser.add_argument("--lpips-backbone", help="AlexNet weights for the validation LPIPS")
+    training.add_crop_arguments(parser)
+    args = training.parse(parser, PRESETS, argv)
+
+    torch.manual_seed(args.seed)
+    g = UNet(args.base, blocks=args.blocks, conditions=2 if args.condition == "both" else 1)
+    if args.scheme == "two-stage":
+        r = checkpoint.load_recon(args.model / "recon.pt").requires_grad_(False)
+        networks = {"gen": g}
+    else:
+        r = UNet(args.base, blocks=args.blocks, noise_level=False)
+        networks = {"gen": g, "recon": r}
+    r = r.to(device.pick(args.device), memory_format=torch.channels_last)
+    stream, held_out = crops.training_stream(args, ddpm.linear_schedule(T_TRAIN, END_TRAIN))
+    settings = {"condition": args.condition, "target": args.target, "residual_scale": args.residual_scale}
+    lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
+
+    def estimate(x):
+        """r(x), or the constant of --target clean, for noisy crops (N, 3, H, W)."""
+        return torch.full_like(x, 0.5) if args.target == "clean" else r(x).float()
+
+    def validate(networks):
+        model = RnG(networks.get("recon", r), networks["gen"], settings, device_name=args.device, precision=args.precision)
+        x = held_out["noisy"].to(run.device)
+        y_r = model.reconstruct(x)
+        d_0 = model.generate(x, y_r, [VALIDATION_STEPS] * len(x), fixed_noise(x))
+        scores = {}
+        for name, y in (("", y_r + d_0), ("_recon", y_r)):
+            y = y.clamp(0, 1).cpu()
+            scores[f"psnr{name}"] = metrics.psnr(y, held_out["clean"]).mean().item()
+            if lpips:
+                scores[f"lpips{name}"] = lpips(y, held_out["clean"]).mean().item()
+        return scores
+
+    def publish(networks, info):
+        checkpoint.save_weights(args.model / "gen.pt", "gen", {"unet": g.config, **settings}, networks["gen"], info)
+        if "recon" in networks:
+            checkpoint.save_weights(args.model / "recon.pt", "recon", r.config, networks["recon"], info)
+
+    run = training.Run(args, "gen", networks, stream, validate, publish)
+    if args.residual_scale is None:
+        settings["residual_scale"] = measured_scale(args, run, estimate)
+    for batch in run.batches():
+        x, y = batch["noisy"], batch["clean"]
+        with run.autocast():
+            y_r = estimate(x)                                                        # (N, 3, crop, crop)
+            d_0 = (y - y_r) * settings["residual_scale"]
+            cond = condition(args.condition, x, y_r)
+            loss = ddpm.loss(g, cond, d_0, batch["gamma"], batch["eps"], p=1)        # Eq. 5
+            if args.scheme == "intermediate":
+                loss = loss + training.reconstruction_loss(y, y_r)                   # Eq. 4
+        run.step(loss)
+    return 0
+
+
+def measured_scale(args, run, estimate):
+    """1 / std(y - r(x)) over training crops, so that g's data has about unit variance; read back on resume."""
+    if args.scheme != "two-stage":
+        return 1.0  # r is untrained: there is no residual to measure yet
+    if run.iteration > 0:
+        return checkpoint.load_gen(args.model / "gen.pt")[1]["residual_scale"]
+    with torch.no_grad(), run.autocast():
+        residuals = [batch["clean"] - estimate(batch["noisy"].to(run.device)).cpu() for batch in run.stream(0, SCALE_BATCHES)]
+    return 1 / torch.cat(residuals).double().std().item()
+
+
+def fixed_noise(x):
+    """Noise for ddpm.sample that is the same at every validation: a function of (key, patch)."""
+    def noise(key, index):
+        generators = [torch.Generator().manual_seed(1000 * key + i) for i in index]
+        return torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators]).to(x.device)
+    return noise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Stage 1 (Sec. 3.3, Eq. 4): trains the reconstructive network r; writes MODEL/recon.pt.
+
+    python train_recon.py --data sidd --model runs/sidd
+    python train_recon.py --data div2k --model runs/div2k
+    python train_recon.py --data sample --preset small --iterations 300 --model runs/try
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from rng import checkpoint, crops, metrics, training
+from rng.errors import script
+from rng.nafnet import NAFNet
+from rng.unet import UNet
+
+PRESETS = {
+    "paper": dict(width=64, enc=[2, 2, 4, 8], middle=12, dec=[2, 2, 2, 2], base=64, blocks=3, loss="mse",
+                  iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
+    "small": dict(width=24, enc=[1, 1, 2, 2], middle=2, dec=[1, 1, 1, 1], base=48, blocks=1, loss="psnr",
+                  iterations=7000, batch=16, crop=80, lr=2e-3, cosine=True, weight_decay=1e-4, clip_grad=0.5, ema=0.999),
+}
+
+
+@script
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=["nafnet", "unet"], default="nafnet", help="unet: Table 1's reconstructive U-Net")
+    parser.add_argument("--width", type=int, help="* NAFNet's channels at full resolution")
+    parser.add_argument("--enc", type=int, nargs="+", help="* NAFNet's encoder blocks per level")
+    parser.add_argument("--middle", type=int, help="* NAFNet's middle blocks")
+    parser.add_argument("--dec", type=int, nargs="+", help="* NAFNet's decoder blocks per level")
+    parser.add_argument("--base", type=int, help="* the U-Net's channels at full resolution")
+    parser.add_argument("--blocks", type=int, help="* the U-Net's residual blocks per level")
+    parser.add_argument("--loss", choices=["mse", "psnr"], help="* mse: Eq. 4 with p = 2; psnr: NAFNet's own")
+    parser.add_argument("--init", type=Path, help="start from this recon.pt or official NAFNet checkpoint, whose sizes win")
+    training.add_crop_arguments(parser)
+    args = training.parse(parser, PRESETS, argv)
+
+    torch.manual_seed(args.seed)
+    if args.init:
+        r = checkpoint.load_recon(args.init)
+    elif args.arch == "nafnet":
+        r = NAFNet(args.width, args.enc, args.middle, args.dec)
+    else:
+        r = UNet(args.base, blocks=args.blocks, noise_level=False)
+
+    stream, held_out = crops.training_stream(args)
+
+    def validate(networks):
+        estimate = networks["recon"](held_out["noisy"].to(run.device)).float().clamp(0, 1).cpu()
+        return {"psnr": metrics.psnr(estimate, held_out["clean"]).mean().item()}
+
+    def publish(networks, info):
+        checkpoint.save_weights(args.model / "recon.pt", "recon", r.config, networks["recon"], info)
+
+    run = training.Run(args, "recon", {"recon": r}, stream, validate, publish)
+    for batch in run.batches():
+        with run.autocast():
+            estimate = r(batch["noisy"])                                            # (N, 3, crop, crop)
+        run.step(training.reconstruction_loss(batch["clean"], estimate, args.loss))  # Eq. 4
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
