@@ -125,13 +125,13 @@ def steps_picture(steps, height, width):
     """
     picture = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=48)
     rows, cols = ([0, *(STRIDE * i + OVERLAP // 2 for i in range(1, count)), size]
                   for count, size in zip(steps.shape, (height, width)))
     for (row, col), count in np.ndenumerate(steps):
         top, bottom, left, right = rows[row], rows[row + 1], cols[col], cols[col + 1]
         level = min(255, round(2.55 * count))
         draw.rectangle((left, top, right - 1, bottom - 1), fill=(level,) * 3)
+        font = ImageFont.load_default(size=max(1, min(144, right - left, bottom - top) // 3))
         draw.text(((left + right) / 2, (top + bottom) / 2), str(count), fill="white" if level < 128 else "black",
                   font=font, anchor="mm")
     return np.array(picture)

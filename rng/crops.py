@@ -4,6 +4,7 @@ Sample i of iteration k is a function of (seed, k, i) alone: image, crop, flip, 
 noise level and eps. So a resumed run, and one with other workers, sees exactly the same samples.
 """
 
+import signal
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -161,9 +162,16 @@ def batches(crops, workers):
     if workers == 0:
         yield from crops
         return
-    loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4)
+    loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4,
+                                         worker_init_fn=_leave_signals_to_parent)
     for parts in zip(*[iter(loader)] * workers):
         yield {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _leave_signals_to_parent(worker):
+    """A signal to the whole process group must not end the workers before the training has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def training_stream(args, schedule=None):

@@ -26,7 +26,6 @@ MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}   # pixels, what libjpeg and libwebp w
 MAX_JPEG_EXIF = 65533                       # bytes, one JPEG segment
 
 CONVERTED = {
-    "1": "1 bit is converted to 8-bit grey",
     "P": "the palette is converted to RGB",
     "PA": "the palette is converted to RGB",
     "CMYK": "CMYK is converted to RGB, without its colour profile",
@@ -72,15 +71,13 @@ def read_picture(path):
             head = file.read(25)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror.lower()}; name a picture file") from error
-    if not head:
-        raise InputError(f"cannot read {path}: it is empty; name a picture file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = _read_tiff16(path) if head.startswith(TIFF_SIGNATURES) else None
             return picture or _read_with_pillow(path, png16=head.startswith(b"\x89PNG") and head[24:] == b"\x10")
     except DAMAGE as error:
-        raise InputError(f"cannot read {path}: it is damaged or not a PNG, JPEG, TIFF or WebP picture") from error
+        raise InputError(f"cannot read {path}: empty, damaged or not a PNG, JPEG, TIFF or WebP picture") from error
 
 
 def _read_with_pillow(path, png16):
@@ -186,9 +183,7 @@ def write_picture(path, pixels, like=None):
     like = like or Picture(pixels)
     notes = []
 
-    planes = pixels
-    if like.grey:
-        planes = ((pixels.sum(2, np.uint32, keepdims=True) + 1) // 3).astype(pixels.dtype)
+    planes = ((pixels.sum(2, np.uint32, keepdims=True) + 1) // 3).astype(pixels.dtype) if like.grey else pixels
     if like.alpha is not None and kind == "JPEG":
         notes.append("JPEG has no alpha channel: it is left out")
     elif like.alpha is not None:

@@ -133,6 +133,7 @@ class RnG:
         batch = batch or BATCH[self.device.type]
         peak = PEAK[image.dtype]
         step_map = np.zeros((rows, cols), int)
+        steps = steps if detail else 0  # r alone needs neither s nor g
 
         def patches(row):
             band = image[tiling.band_rows(row, height)].astype(np.float32) / peak

@@ -101,23 +101,21 @@ class Run:
         """Yields the batch of each iteration left, on the device; reports, validates and saves in between."""
         args = self.args
         handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        started, seen, losses = time.time(), 0, []
+        started, losses = time.time(), []
         try:
             for batch in self.stream(self.iteration, args.iterations):
                 yield {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
-                seen += 1
                 losses.append(self.loss)
                 save = self.iteration % args.save_every == 0 or self.iteration == args.iterations
                 if save or self.signal or self.iteration % REPORT_EVERY == 0:
-                    rate = seen / (time.time() - started)
+                    rate = len(losses) / (time.time() - started)
                     info = {"iteration": self.iteration, "images_per_s": rate * args.batch, "loss": sum(losses) / len(losses)}
                     if save:
                         info |= self._validated()
                     self._report(info, (args.iterations - self.iteration) / rate)
-                    losses = []
-                if save or self.signal:
-                    self._save(info)
-                    started, seen = time.time(), 0
+                    if save or self.signal:
+                        self._save(info)
+                    started, losses = time.time(), []
                 if self.signal:
                     print(f"stopped and saved at iteration {self.iteration}; the same command goes on", file=sys.stderr)
                     sys.exit(128 + self.signal)

@@ -1,0 +1,221 @@
+"""PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used (README, choice 10).
+
+Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). No metric guesses the range of its
+input: anything outside [0, 1], not finite or of another shape raises ValueError. To score as the paper does, round the
+pictures to 8 bit first. PSNR, SSIM and NIQE are computed in float64 on the CPU; LPIPS in float32 on its own device.
+"""
+
+import os
+import sys
+from pathlib import Path
+from textwrap import shorten
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import correlate, correlate1d
+from scipy.special import gamma
+from skimage.metrics import structural_similarity
+from torch import nn
+
+from rng.errors import InputError
+
+WEIGHTS = Path(__file__).parent / "weights"
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+
+
+def _check(x, *others):
+    for picture in (x, *others):
+        if picture.ndim != 4 or picture.shape[1] != 3 or not picture.is_floating_point():
+            raise ValueError(f"expected float pictures (N, 3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+        if picture.shape != x.shape:
+            raise ValueError(f"the pictures have different shapes, {tuple(x.shape)} and {tuple(picture.shape)}")
+        if not ((picture >= 0) & (picture <= 1)).all():  # false for NaN too
+            raise ValueError("the pictures must be finite and lie in [0, 1]")
+
+
+def _luma(x):
+    """0.299 R + 0.587 G + 0.114 B on 0-255, rounded: float64 array (N, H, W)."""
+    r, g, b = 255 * x.detach().cpu().double().numpy().transpose(1, 0, 2, 3)
+    return np.rint(0.299 * r + 0.587 * g + 0.114 * b)
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB over all three channels; infinite for equal pictures."""
+    _check(x, y)
+    mse = (x.detach().cpu().double() - y.detach().cpu().double()).square().mean((1, 2, 3))
+    return -10 * mse.log10()
+
+
+def ssim(x, y):
+    """Structural similarity of the luma, 11x11 Gaussian window of sigma 1.5, windows inside the picture only."""
+    _check(x, y)
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs pictures of at least 11x11 pixels, got {x.shape[2]}x{x.shape[3]}")
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    scores = [structural_similarity(a, b, **settings) for a, b in zip(_luma(x), _luma(y))]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+# NIQE (Mittal et al., "Making a completely blind image quality analyzer", 2013)
+
+with np.load(WEIGHTS / "niqe_pris_params.npz", allow_pickle=False) as _pristine:
+    PRISTINE_MEAN = _pristine["mu_pris_param"][0]  # (36,)
+    PRISTINE_COV = _pristine["cov_pris_param"]  # (36, 36)
+    GAUSSIAN_WINDOW = _pristine["gaussian_window"]  # (7, 7), sigma 7/6
+BLOCK = 96  # pixels; half as many at half size
+HALF_SIZE_TAPS = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256  # MATLAB's imresize(x, 0.5): antialiased bicubic
+
+# A generalised Gaussian of shape a has E|v|^2 / E[v^2] = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)), which grows with a.
+SHAPES = np.arange(0.2, 10.001, 0.001)
+SHAPE_RATIOS = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
+
+
+def niqe(x):
+    """Natural image quality evaluator with the official pristine model; lower is better.
+
+    The picture is cropped from the top left to 96x96 blocks; fewer than two raise ValueError. NaN where fewer than two
+    blocks have any structure. In large flat areas the sign of rounding errors counts, in every implementation: on such
+    pictures the published ones differ by some percent.
+    """
+    _check(x)
+    if (x.shape[2] // BLOCK) * (x.shape[3] // BLOCK) < 2:
+        raise ValueError(f"NIQE needs at least two blocks of {BLOCK}x{BLOCK} pixels, got {x.shape[2]}x{x.shape[3]}")
+    return torch.tensor([_niqe(luma) for luma in _luma(x)], dtype=torch.float64)
+
+
+def _niqe(luma):
+    rows, cols = luma.shape[0] // BLOCK, luma.shape[1] // BLOCK
+    luma = luma[: rows * BLOCK, : cols * BLOCK]
+    features = []
+    for size, plane in ((BLOCK, luma), (BLOCK // 2, _half_size(luma))):
+        blocks = _normalise(plane).reshape(rows, size, cols, size).swapaxes(1, 2).reshape(-1, size, size)
+        features += _block_features(blocks)
+    features = np.stack(features, axis=1)  # (rows * cols, 36)
+
+    complete = features[~np.isnan(features).any(axis=1)]
+    if len(complete) < 2:
+        return np.nan
+    difference = np.nanmean(features, axis=0) - PRISTINE_MEAN
+    precision = np.linalg.pinv((np.cov(complete, rowvar=False) + PRISTINE_COV) / 2)
+    return np.sqrt(difference @ precision @ difference)
+
+
+def _half_size(plane):
+    plane = correlate1d(plane, HALF_SIZE_TAPS, axis=0, mode="reflect", origin=-1)[::2]
+    return correlate1d(plane, HALF_SIZE_TAPS, axis=1, mode="reflect", origin=-1)[:, ::2]
+
+
+def _normalise(plane):
+    """Mean subtracted, contrast normalised: (plane - local mean) / (local standard deviation + 1)."""
+    mean = correlate(plane, GAUSSIAN_WINDOW, mode="nearest")
+    variance = correlate(plane**2, GAUSSIAN_WINDOW, mode="nearest") - mean**2
+    return (plane - mean) / (np.sqrt(np.abs(variance)) + 1)
+
+
+def _block_features(blocks):
+    """The 18 features of one scale, each (B,), of normalised blocks (B, size, size)."""
+    shape, left, right = _fit_aggd(blocks)
+    features = [shape, (left + right) / 2]
+    for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        shape, left, right = _fit_aggd(blocks * np.roll(blocks, shift, axis=(1, 2)))
+        features += [shape, (right - left) * gamma(2 / shape) / gamma(1 / shape), left, right]
+    return features
+
+
+def _fit_aggd(blocks):
+    """Asymmetric generalised Gaussian fitted to each block by moments: shape and the two scales, each (B,)."""
+    square, negative, positive = blocks**2, blocks < 0, blocks > 0
+    with np.errstate(invalid="ignore"):  # 0 / 0 = NaN where all values have one sign
+        left = np.sqrt((square * negative).sum((1, 2)) / negative.sum((1, 2)))
+        right = np.sqrt((square * positive).sum((1, 2)) / positive.sum((1, 2)))
+        ratio = left / right
+        asymmetry = (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
+        moments = np.abs(blocks).mean((1, 2)) ** 2 / square.mean((1, 2)) * asymmetry
+    midpoints = (SHAPE_RATIOS[1:] + SHAPE_RATIOS[:-1]) / 2  # the nearest ratio, without comparing with all of them
+    shape = SHAPES[np.searchsorted(midpoints, np.nan_to_num(moments))]
+    scale = np.sqrt(gamma(1 / shape) / gamma(3 / shape))
+    return shape, left * scale, right * scale
+
+
+# LPIPS (Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", 2018)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance, AlexNet v0.1: 0 for equal pictures, differentiable, its own parameters frozen.
+
+    The linear heads are vendored. `backbone` names a file with torchvision's AlexNet (.pth, or .npz of its
+    convolutions); without it the environment variable RNG_ALEXNET does; without either the official file is downloaded
+    once into torch's cache. Raises rng.errors.InputError where no usable AlexNet can be had.
+    """
+
+    def __init__(self, backbone=None):
+        super().__init__()
+        self.features = nn.Sequential(  # numbered as in torchvision's alexnet().features
+            nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+        )
+        _load_alexnet(self.features, backbone)
+        with np.load(WEIGHTS / "lpips_alex.npz", allow_pickle=False) as heads:
+            self.heads = nn.ParameterList(torch.from_numpy(heads[f"lin{i}"]).view(-1, 1, 1) for i in range(5))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, x, y):
+        """(N, 3, H, W) twice, in [0, 1] and at least 31x31 -> (N,) float32; float32 under autocast too."""
+        _check(x, y)
+        if min(x.shape[2:]) < 31:
+            raise ValueError(f"LPIPS needs pictures of at least 31x31 pixels, got {x.shape[2]}x{x.shape[3]}")
+        with torch.autocast(x.device.type, enabled=False):
+            layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)
+            return sum((head * (u - v).square()).sum(1).mean((1, 2)) for u, v, head in layers)
+
+    def _directions(self, x):
+        """The output of each ReLU, of unit length over channels."""
+        x = (2 * x - 1 - self.shift) / self.scale
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                yield F.normalize(x, dim=1, eps=1e-10)
+
+
+def _load_alexnet(features, backbone):
+    """Loads torchvision's AlexNet convolutions into `features` from the file named, or else from its official URL."""
+    backbone = backbone or os.environ.get("RNG_ALEXNET")
+    remedy = f"get {ALEXNET_URL} and name the file with --lpips-backbone FILE or in RNG_ALEXNET"
+    if backbone and not Path(backbone).is_file():
+        raise InputError(f"no AlexNet for LPIPS at {backbone}: {remedy}")
+    try:
+        if not backbone:
+            options = {"check_hash": True, "weights_only": True, "map_location": "cpu", "progress": False}
+            state = torch.hub.load_state_dict_from_url(ALEXNET_URL, **options)
+        elif Path(backbone).suffix == ".npz":
+            with np.load(backbone, allow_pickle=False) as arrays:
+                state = {name: torch.from_numpy(arrays[name]) for name in arrays}
+        else:
+            state = torch.load(backbone, weights_only=True, map_location="cpu")
+        prefix = "features."
+        features.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    except Exception as error:  # a damaged or foreign file fails in many ways, and so does a download
+        if backbone:
+            raise InputError(f"{backbone} does not hold torchvision's AlexNet, or is damaged: {remedy}") from error
+        reason = shorten(str(error), 120)
+        raise InputError(f"AlexNet for LPIPS could not be downloaded ({reason}): {remedy}") from error
+
+
+def load_lpips(backbone=None, device="cpu"):
+    """LPIPS on `device`; None, with a line on stderr, where AlexNet cannot be downloaded and no file was named.
+
+    For tables that can go without LPIPS. A file named (argument or RNG_ALEXNET) must load, else InputError.
+    """
+    try:
+        return LPIPS(backbone).to(device)
+    except InputError as error:
+        if backbone or os.environ.get("RNG_ALEXNET"):
+            raise
+        print(f"without LPIPS: {error}", file=sys.stderr)
+        return None

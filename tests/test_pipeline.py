@@ -1,0 +1,378 @@
+"""rng/pipeline.py with tiny random networks, against Algorithm 1 written out patch by patch; model folders and their faults."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rng import checkpoint, pipeline, tiling
+from rng.controller import STEPS, StepController
+from rng.errors import InputError
+from rng.nafnet import NAFNet
+from rng.pipeline import RnG
+from rng.unet import UNet
+
+ENDS = {1: 0.2, 2: 0.3, 3: 0.4}
+
+
+class ByBrightness(nn.Module):
+    """A step controller one can foresee: 0, 1, 2 or 3 steps, more for brighter patches."""
+
+    def predict_steps(self, x):
+        return (4 * x.mean(dim=(1, 2, 3))).long().clamp(0, 3)
+
+
+def tiny_networks(conditions=1):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        recon = NAFNet(width=4, enc=[1], middle=1, dec=[1])
+        gen = UNet(base=4, multipliers=(1, 2), blocks=1, conditions=conditions)
+        nn.init.normal_(gen.ending.weight, std=0.1)
+        for block in (recon.encoders[0][0], recon.middle_blks[0], recon.decoders[0][0]):
+            nn.init.normal_(block.beta)
+            nn.init.normal_(block.gamma)
+        nn.init.normal_(recon.ending.weight, std=0.02)
+        nn.init.zeros_(recon.ending.bias)
+    return recon, gen
+
+
+def tiny_model(condition="noisy", target="residual", controller=None, precision="float32"):
+    recon, gen = tiny_networks(2 if condition == "both" else 1)
+    settings = {"condition": condition, "target": target, "residual_scale": 8.0}
+    return RnG(recon, gen, settings, controller, ENDS, device_name="cpu", precision=precision)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(controller=ByBrightness())
+
+
+def random_image(height, width, dtype=np.float32, seed=0):
+    """Noise around a ramp from dark to light, so that patches differ in brightness."""
+    y, x = np.mgrid[:height, :width]
+    ramp = (y + x) / max(1, height + width - 2)
+    image = np.clip(0.1 + 0.8 * ramp[..., None] + 0.1 * np.random.default_rng(seed).normal(size=(height, width, 3)), 0, 1)
+    return (image * pipeline.PEAK[np.dtype(dtype)] + (0 if dtype == np.float32 else 0.5)).astype(dtype)
+
+
+@torch.inference_mode()
+def algorithm_1(model, image, steps, seed=0, detail=1.0):
+    """Sec. 3.2's Algorithm 1 for each 256-pixel patch on its own, in the paper's symbols; float (H, W, 3), not clipped."""
+    height, width = image.shape[:2]
+    patches = tiling.split(torch.from_numpy(image.astype(np.float32) / pipeline.PEAK[image.dtype]).permute(2, 0, 1))
+    pieces = []
+    for i, x in enumerate(patches):
+        x = x[None]
+        place = divmod(i, tiling.count(width))
+        y_r = torch.full_like(x, 0.5) if model.settings["target"] == "clean" else model.recon(x)             # line 1
+        T = model.controller.predict_steps(x).item() if steps == "auto" else steps
+        d = tiling.patch_noise(seed, 0, *place)[None]
+        cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], 1)}[model.settings["condition"]]
+        alpha = [1 - beta for beta in (np.linspace(1e-6, ENDS[T], T) if T > 1 else [ENDS[1]])] if T else []
+        for t in range(T, 0, -1):                                                                            # line 2
+            alpha_t, gamma_t = alpha[t - 1], math.prod(alpha[:t])                                            # line 3
+            eps_hat = model.gen(cond, d, torch.tensor([gamma_t], dtype=torch.float64))
+            d = (d - (1 - alpha_t) / math.sqrt(1 - gamma_t) * eps_hat) / math.sqrt(alpha_t)                  # line 4
+            if t > 1:
+                d = d + math.sqrt(1 - alpha_t) * tiling.patch_noise(seed, t, *place)
+        pieces.append(y_r + detail * d / 8 if T else y_r)                                                    # line 6
+    return tiling.stitch(torch.cat(pieces), height, width).permute(1, 2, 0).numpy()
+
+
+# Algorithm 1
+
+
+@pytest.mark.parametrize("condition, target", [("noisy", "residual"), ("initial", "residual"), ("both", "residual"),
+                                               ("noisy", "clean")])
+@pytest.mark.parametrize("size, steps, detail, seed", [((20, 30), 0, 1, 0), ((5, 259), 1, 1, 3), ((259, 5), 3, 0.4, 4),
+                                                       ((270, 262), "auto", 1, 5)])
+def test_denoise_is_algorithm_1(condition, target, size, steps, detail, seed):
+    model = tiny_model(condition, target, ByBrightness())
+    image = random_image(*size)
+    parts = model.denoise(image, steps, seed, detail, parts=True)
+    assert np.abs(parts.image - algorithm_1(model, image, steps, seed, detail).clip(0, 1)).max() < 1e-4
+    assert (parts.residual.std() > 0.02) == (steps != 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("height, width", [(1, 1), (300, 17), (5, 259)])
+def test_shape_and_type_stay(model, dtype, height, width):
+    image = random_image(height, width, dtype)
+    before = image.copy()
+    out = model.denoise(image, steps=2)
+    assert out.shape == image.shape and out.dtype == image.dtype and np.array_equal(image, before)
+    peak = pipeline.PEAK[image.dtype]
+    expected = algorithm_1(model, image, 2).clip(0, 1) * peak
+    assert np.abs(out - expected).max() < (1e-4 if peak == 1 else 0.5 + 1e-4 * peak)
+    assert out.min() >= 0 and out.max() <= peak
+
+
+def test_noisy_floats_beyond_the_range_are_not_clipped_before_r(model):
+    image = random_image(40, 40) * 3 - 1
+    assert np.abs(model.denoise(image, steps=0) - algorithm_1(model, image, 0).clip(0, 1)).max() < 1e-5
+
+
+def test_detail_is_linear_in_the_residual(model):
+    image = random_image(60, 50)
+    full = model.denoise(image, steps=2, parts=True)
+    for detail in (0.25, 0.5, 2):
+        parts = model.denoise(image, steps=2, detail=detail, parts=True)
+        assert np.allclose(parts.residual, detail * full.residual.astype(np.float32), rtol=2e-3, atol=1e-4)
+        assert np.array_equal(parts.recon, full.recon)
+    assert np.array_equal(model.denoise(image, steps=2, detail=0), full.recon)
+    assert np.array_equal(model.denoise(image, steps="auto", detail=0), full.recon)
+
+
+def test_same_input_and_seed_same_bytes(model):
+    image = random_image(30, 300, np.uint8)
+    first, again, other = (model.denoise(image, steps=2, seed=seed).tobytes() for seed in (0, 0, 1))
+    tiling.cell_noise.cache_clear()
+    torch.manual_seed(5)
+    assert first == again == model.denoise(image, steps=2).tobytes() != other
+
+
+@pytest.mark.parametrize("size, steps", [((490, 20), 2), ((20, 490), "auto"), ((260, 260), 1)])
+def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps):
+    image, sizes = random_image(*size), []
+    whole = model.denoise(image, steps)
+    hooks = [network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
+             for network in (model.recon, model.gen)]
+    for batch in (1, 2, 64):
+        sizes.clear()
+        assert np.abs(model.denoise(image, steps, batch=batch) - whole).max() < 1e-5
+        assert max(sizes) == min(batch, tiling.count(size[0]) * tiling.count(size[1]))
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_other_precisions_come_close(model, precision):
+    image = random_image(40, 40)
+    out = tiny_model(precision=precision).denoise(image, steps=2)
+    assert np.abs(out - model.denoise(image, steps=2)).mean() < 0.01
+
+
+# Parts, steps and progress
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_parts_add_up(model, dtype):
+    image = random_image(260, 100, dtype)
+    parts = model.denoise(image, steps=3, parts=True)
+    peak = pipeline.PEAK[image.dtype]
+    assert parts.recon.dtype == dtype and parts.residual.dtype == np.float16
+    assert parts.image.shape == parts.recon.shape == parts.residual.shape == image.shape
+    assert np.array_equal(parts.image, model.denoise(image, steps=3))
+    assert np.array_equal(parts.recon, model.denoise(image, steps=0))
+    total = (parts.recon / peak + parts.residual.astype(np.float64)).clip(0, 1)
+    unclipped = (parts.recon > 0) & (parts.recon < peak)
+    assert unclipped.mean() > 0.9 and parts.residual.std() > 0.02
+    assert np.abs(parts.image / peak - total)[unclipped].max() < 1e-3 + (0 if peak == 1 else 1 / peak)
+
+
+def test_step_map_is_the_controllers_and_zero_steps_cost_nothing(model):
+    image = 0.05 * random_image(480, 480) + np.repeat(np.repeat([[0.1, 0.3], [0.6, 0.9]], 240, 0), 240, 1)[..., None]
+    image = image.astype(np.float32)
+    evaluated = []
+    hook = model.gen.register_forward_pre_hook(lambda gen, inputs: evaluated.append(inputs[0].mean((1, 2, 3)).tolist()))
+    parts = model.denoise(image, parts=True)
+    hook.remove()
+    assert parts.steps.tolist() == [[0, 1], [2, 3]]
+    assert sum(map(len, evaluated)) == 6 and min(map(min, evaluated)) > 0.25
+    assert not parts.residual[:236, :236].any() and parts.residual[244:, 244:].all(axis=2).mean() > 0.9
+    assert model.denoise(image[:20], steps=1, parts=True).steps.tolist() == [[1, 1]]
+
+
+def test_auto_uses_the_real_controller():
+    s = StepController(4)
+    nn.init.zeros_(s.fc.weight)
+    s.fc.bias.data[1] = 1
+    parts = tiny_model(controller=s).denoise(random_image(30, 20), parts=True)
+    assert parts.steps.tolist() == [[10]] and 10 in STEPS
+
+
+@pytest.mark.parametrize("steps, batch", [(0, 1), (2, 4), ("auto", 1)])
+def test_progress_rises_to_one(model, steps, batch):
+    told = []
+    model.denoise(random_image(490, 20), steps, batch=batch, progress=told.append)
+    assert 0 < told[0] < 0.6 and all(a <= b for a, b in zip(told, told[1:])) and told[-1] == 1
+
+
+def test_schedule_ends_where_the_search_or_the_rule_says(model):
+    assert model.schedule(3).alpha[-1] == pytest.approx(1 - ENDS[3]) and len(model.schedule(3).alpha) == 4
+    assert model.schedule(40).alpha[-1] == pytest.approx(0.75)
+
+
+# What is refused
+
+
+def test_missing_networks_are_named():
+    recon, gen = tiny_networks()
+    image = random_image(20, 20)
+    only_r = RnG(recon, device_name="cpu", precision="float32")
+    assert only_r.denoise(image, steps=0).shape == image.shape
+    with pytest.raises(InputError, match="gen.pt"):
+        only_r.denoise(image, steps=2)
+    with pytest.raises(InputError, match="controller.pt"):
+        only_r.denoise(image)
+    with pytest.raises(InputError, match="nowhere"):
+        RnG(recon, device_name="nowhere")
+
+
+@pytest.mark.parametrize("image", [
+    np.zeros((4, 4)), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 3), np.uint8),
+    np.zeros((4, 0, 3), np.float32), np.zeros((4, 4, 3), np.float64), np.zeros((4, 4, 3), np.int32), np.zeros((1, 4, 4, 3))])
+def test_arrays_that_are_no_pictures(model, image):
+    with pytest.raises(ValueError):
+        model.denoise(image, steps=0)
+
+
+@pytest.mark.parametrize("steps", [-1, "fast"])
+def test_steps_that_are_no_count(model, steps):
+    with pytest.raises(ValueError):
+        model.denoise(random_image(4, 4), steps=steps)
+
+
+# Model folders
+
+
+def save_model(folder, condition="noisy", target="residual"):
+    """Writes a tiny model folder; its networks, rounded to float16 as the files are, come back."""
+    recon, gen = tiny_networks(2 if condition == "both" else 1)
+    s = StepController(4)
+    s(torch.rand(2, 3, 16, 16))  # in training mode: the statistics move
+    settings = {"condition": condition, "target": target, "residual_scale": 8.0}
+    checkpoint.save_weights(folder / "recon.pt", "recon", recon.config, recon, {"iterations": 1})
+    checkpoint.save_weights(folder / "gen.pt", "gen", {"unet": gen.config, **settings}, gen, {})
+    checkpoint.save_weights(folder / "controller.pt", "controller", s.config, s, {})
+    (folder / "schedule.json").write_text(json.dumps({"end": ENDS}))
+    for network in (recon, gen, s):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.half().float()
+    return RnG(recon, gen, settings, s, ENDS, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("condition, target", [("noisy", "residual"), ("initial", "residual"), ("both", "clean")])
+def test_saved_model_is_the_model(tmp_path, condition, target):
+    saved = save_model(tmp_path, condition, target)
+    loaded = RnG.load(tmp_path, "cpu", "float32")
+    image = random_image(30, 20, np.uint8)
+    assert np.array_equal(saved.denoise(image, steps=2), loaded.denoise(image, steps=2))
+    x = torch.rand(3, 3, 32, 32)
+    assert torch.equal(saved.controller(x), loaded.controller(x)) and loaded.ends == ENDS
+    assert not (loaded.recon.training or loaded.gen.training or loaded.controller.training)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["controller.pt", "gen.pt", "recon.pt", "schedule.json"]
+
+
+def test_unet_as_r_is_loaded(copy):
+    r = UNet(base=4, blocks=1, noise_level=False)
+    checkpoint.save_weights(copy / "recon.pt", "recon", r.config, r, {})
+    assert isinstance(RnG.load(copy, "cpu").recon, UNet)
+
+
+@pytest.mark.parametrize("kind", ["recon", "gen", "controller"])
+def test_weight_files_hold_plain_types(folder, kind):
+    content = torch.load(folder / f"{kind}.pt", weights_only=True)
+    assert set(content) == {"kind", "config", "state_dict", "info"} and content["kind"] == kind
+    for name, tensor in content["state_dict"].items():
+        statistic = name.endswith(("running_mean", "running_var"))
+        assert tensor.dtype == (torch.int64 if "num_batches" in name else torch.float32 if statistic else torch.float16)
+
+
+def test_failed_write_leaves_the_old_file(copy, monkeypatch):
+    old = (copy / "recon.pt").read_bytes()
+
+    def full_disk(*paths):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full_disk)
+    with pytest.raises(InputError, match="recon.pt"):
+        save_model(copy)
+    assert (copy / "recon.pt").read_bytes() == old and len(list(copy.iterdir())) == 4
+    with pytest.raises(InputError):
+        checkpoint.save_atomic(copy / "no" / "recon.pt", {})
+
+
+def test_model_is_found_by_name_but_a_path_wins(folder, copy, monkeypatch):
+    monkeypatch.setattr(pipeline, "WEIGHTS", folder.parent)
+    monkeypatch.chdir(copy)
+    assert RnG.load(folder.name, "cpu").controller is not None
+    (copy / folder.name).mkdir()
+    (copy / "recon.pt").rename(copy / folder.name / "recon.pt")
+    model = RnG.load(folder.name, "cpu")
+    assert model.gen is model.controller is None and model.ends == {}
+    assert model.denoise(random_image(9, 9), steps=0).shape == (9, 9, 3)
+
+
+def assert_refused(folder, mention=""):
+    with pytest.raises(InputError, match=mention) as refusal:
+        RnG.load(folder, "cpu")
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+def test_missing_folder_or_weights(tmp_path):
+    assert_refused(tmp_path / "nothing", "nothing")
+    assert_refused(tmp_path, "recon.pt")
+    (tmp_path / "file").write_text("")
+    assert_refused(tmp_path / "file", "file")
+    (tmp_path / "recon.pt").mkdir()
+    assert_refused(tmp_path, "recon.pt")
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:len(content) // 2],
+    "text": lambda content: b"<!DOCTYPE html><html>not found</html>",
+    "opcode": lambda content: b"0",                    # a pickle that pops from an empty stack
+    "short pickle": lambda content: b"\x80\x02J\x01",  # ... that ends within a number
+    "flipped": lambda content: content.replace(b"state_dict", b"state_dirt"),
+}
+
+
+@pytest.mark.parametrize("name", ["recon.pt", "gen.pt", "controller.pt"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_weights(copy, name, damage):
+    (copy / name).write_bytes(damage((copy / name).read_bytes()))
+    assert_refused(copy, name)
+
+
+@pytest.mark.parametrize("name, other", [("recon.pt", "gen.pt"), ("gen.pt", "controller.pt"), ("controller.pt", "recon.pt")])
+def test_wrong_kind(copy, name, other):
+    (copy / name).write_bytes((copy / other).read_bytes())
+    assert_refused(copy, f"{name} holds a network of kind '{other[:-3]}'")
+
+
+@pytest.mark.parametrize("content", [
+    [1, 2], {"kind": "recon"}, {"params": {}}, {"params": 3}, {"params": {"intro.weight": torch.zeros(4, 3, 3, 3)}},
+    {"kind": "recon", "config": {}, "state_dict": {}, "info": {}},
+    {"kind": "recon", "config": {"arch": "nafnet", "depth": 3}, "state_dict": {}, "info": {}},
+    {"kind": "recon", "config": {"arch": "nafnet", "width": 4}, "state_dict": {}, "info": {}},
+    {"kind": "recon", "config": {"arch": "nafnet"}, "state_dict": None, "info": {}}], ids=range(9))
+def test_other_contents(copy, content):
+    torch.save(content, copy / "recon.pt")
+    assert_refused(copy, "recon.pt")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"end": 3}', '{"end": [1]}', '{"end": {"ten": 0.5}}',
+                                  '{"end": {"10": "high"}}', '{"end": {"10": null}}', '{"end": {"10": 1.5}}',
+                                  '{"end": {"10": NaN}}', '{"end": {"0": 0.5}}', '{"end": {"10": 0}}', "\u00ff"])
+def test_malformed_schedule(copy, text):
+    (copy / "schedule.json").write_text(text, encoding="latin-1")
+    assert_refused(copy, "schedule.json")

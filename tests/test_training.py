@@ -1,0 +1,510 @@
+"""Training: exact resume, signals, refusals, and what is saved and logged, each script in process on tiny networks."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import train_controller
+import train_gen
+import train_recon
+from rng import checkpoint, crops, metrics, training
+from rng.controller import STEPS
+from rng.errors import InputError
+from rng.nafnet import NAFNet
+from rng.pipeline import RnG
+from rng.unet import UNet
+
+SCRIPTS = {"recon": train_recon.main, "gen": train_gen.main, "controller": train_controller.main}
+COMMON = "--iterations 6 --save-every 3 --batch 2 --lr 1e-3 --device cpu --precision float32".split()
+CROPS = "--sigma 0-55 --clip-noisy 0.5 --crop 16 --validation 2 --workers 0".split()
+OPTIONS = {
+    "recon": [*CROPS, *"--width 4 --enc 1 --middle 1 --dec 1".split()],
+    "gen": [*CROPS, *"--base 4 --blocks 1".split()],
+    "controller": ["--c", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of six small pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for n in range(6):
+        small = Image.fromarray(generator.integers(0, 256, (6, 7, 3), np.uint8))
+        small.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.fixture
+def train(pictures, tmp_path, monkeypatch):
+    """train(stage, name, *options) -> exit code; runs a script on the model folder tmp_path / name."""
+    monkeypatch.setattr(metrics, "load_lpips", lambda backbone, device: None)
+    monkeypatch.setattr(train_gen, "SCALE_BATCHES", 4)
+
+    def train(stage, name, *options):
+        folder = tmp_path / name
+        if stage == "gen" and not folder.exists():
+            folder.mkdir()
+            torch.manual_seed(1)
+            r = NAFNet(4, [1], 1, [1])
+            checkpoint.save_weights(folder / "recon.pt", "recon", r.config, r, {})
+        if stage == "controller" and not folder.exists():
+            folder.mkdir()
+            (folder / "step_labels.jsonl").write_text("".join(map(label, range(10))))
+        return SCRIPTS[stage](["--model", str(folder), "--data", "images", "--root", str(pictures),
+                               *COMMON, *OPTIONS[stage], *options])
+
+    return train
+
+
+def label(n):
+    lpips = np.random.default_rng(n).random(len(STEPS)).tolist()
+    return json.dumps({"image": str(n % 6), "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n, "clip": n % 2 == 0,
+                       "seed": n, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
+
+
+@pytest.fixture
+def at_iteration(monkeypatch):
+    """at_iteration(k, act): act(run, loss) -> loss is called at the start of iteration k's (from 1) optimiser step."""
+    def arrange(k, act):
+        def step(run, loss):
+            real_step(run, act(run, loss) if run.iteration == k - 1 else loss)
+
+        monkeypatch.setattr(training.Run, "step", step)
+
+    real_step = training.Run.step
+    return arrange
+
+
+def sends(number):
+    def act(run, loss):
+        signal.raise_signal(number)
+        return loss
+    return act
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def log(folder, stage):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / f"train_{stage}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+
+
+def same(a, b):
+    """Equality of nested dictionaries and lists of tensors and plain values, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def same_weights(a, b):
+    return same(load(a)["state_dict"], load(b)["state_dict"]) and load(a)["config"] == load(b)["config"]
+
+
+def refusal(capsys):
+    """The one line on stderr that starts with `error: `."""
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+# Resume.
+
+@pytest.mark.parametrize("stage, options, number", [
+    ("recon", [], signal.SIGINT),
+    ("recon", ["--cosine", "--arch", "unet", "--base", "4", "--blocks", "1"], signal.SIGTERM),
+    ("gen", ["--condition", "both"], signal.SIGTERM),
+    ("gen", ["--cosine", "--scheme", "intermediate"], signal.SIGINT),
+    ("controller", [], signal.SIGINT),
+    ("controller", ["--cosine"], signal.SIGTERM),
+])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stage, options, number, train, at_iteration, tmp_path, capsys):
+    handler = signal.getsignal(number)
+    assert train(stage, "whole", *options) == 0
+    at_iteration(3, sends(number))
+    with pytest.raises(SystemExit) as stop:
+        train(stage, "stopped", *options)
+    assert stop.value.code == 128 + number
+    assert "stopped and saved at iteration 3" in capsys.readouterr().err
+    assert signal.getsignal(number) == handler
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert load(stopped / f"last_{stage}.pt")["iteration"] == 3
+
+    assert train(stage, "stopped", *options) == 0
+    assert "going on at iteration 3" in capsys.readouterr().err
+    assert same(load(whole / f"last_{stage}.pt"), load(stopped / f"last_{stage}.pt"))
+    for path in whole.glob("*.pt"):
+        assert path.name.startswith("last_") or same_weights(path, stopped / path.name)
+    assert log(whole, stage) == log(stopped, stage)
+    assert [line["iteration"] for line in log(whole, stage)] == [3, 6]
+
+
+def test_a_signal_between_two_saves_saves_and_free_options_may_change(train, at_iteration, tmp_path):
+    assert train("recon", "whole") == 0
+    at_iteration(2, sends(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train("recon", "stopped")
+    assert load(tmp_path / "stopped" / "last_recon.pt")["iteration"] == 2
+    assert (tmp_path / "stopped" / "recon.pt").exists()
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    assert train("recon", "moved", "--workers", "2", "--save-every", "4", "--device", "auto") == 0
+    whole, moved = (load(tmp_path / name / "last_recon.pt") for name in ("whole", "moved"))
+    assert same(whole, moved)
+
+
+def test_workers_do_not_change_the_result(train, tmp_path):
+    for name, workers in (("alone", "0"), ("one", "1"), ("three", "3")):
+        assert train("recon", name, "--workers", workers, "--batch", "4", "--iterations", "3") == 0
+    for name in ("one", "three"):
+        assert same(load(tmp_path / "alone" / "last_recon.pt"), load(tmp_path / name / "last_recon.pt"))
+
+
+def test_the_same_command_after_the_end_changes_nothing(train, tmp_path):
+    assert train("gen", "model") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert train("gen", "model") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_another_seed_is_another_training(train, tmp_path):
+    for seed in ("0", "1"):
+        assert train("recon", seed, "--seed", seed, "--iterations", "1") == 0
+    assert not same_weights(tmp_path / "0" / "recon.pt", tmp_path / "1" / "recon.pt")
+
+
+@pytest.mark.parametrize("options", ["--lr 2e-3", "--batch 3", "--iterations 7", "--cosine", "--clip-grad 2", "--seed 1",
+                                     "--weight-decay 0", "--sigma 15", "--width 8", "--ema 0.9", "--precision bfloat16"])
+def test_changed_settings_are_refused(options, train, at_iteration, tmp_path, capsys):
+    at_iteration(1, sends(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        train("recon", "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert train("recon", "model", *options.split()) == 2
+    assert f"another {options.split()[0]} " in refusal(capsys)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too(pictures, tmp_path):
+    command = [sys.executable, train_recon.__file__, "--model", str(tmp_path), "--data", "images", "--root", str(pictures),
+               *COMMON, *OPTIONS["recon"], "--iterations", "1000000", "--save-every", "1000000", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        for _ in range(300):  # until the first line of progress
+            if (tmp_path / "train_recon.jsonl").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in error and "stopped and saved" in error
+    assert load(tmp_path / "last_recon.pt")["iteration"] == checkpoint.load_weights(tmp_path / "recon.pt", "recon")["info"]["iteration"]
+
+
+# A training that goes wrong.
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_loss_of_nan_keeps_the_last_checkpoint_and_the_log_goes_on_from_there(
+        stage, train, at_iteration, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "REPORT_EVERY", 1)
+    assert train(stage, "whole") == 0
+    handler, kept = signal.getsignal(signal.SIGINT), {}
+
+    def become_nan(run, loss):
+        kept.update({path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.pt")})
+        return loss * math.nan
+
+    at_iteration(5, become_nan)
+    assert train(stage, "model") == 2
+    message = refusal(capsys)
+    assert "nan at iteration 5" in message and "--lr" in message
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.pt")} == kept
+    assert load(tmp_path / "model" / f"last_{stage}.pt")["iteration"] == 3
+    assert [line["iteration"] for line in log(tmp_path / "model", stage)] == [1, 2, 3, 4]
+
+    with open(tmp_path / "model" / f"train_{stage}.jsonl", "a") as file:
+        file.write('{"iteration": 5, "lo')  # a line torn by a kill
+    at_iteration(0, None)
+    assert train(stage, "model") == 0
+    assert log(tmp_path / "model", stage) == log(tmp_path / "whole", stage)
+    assert [line["iteration"] for line in log(tmp_path / "model", stage)] == [1, 2, 3, 4, 5, 6]
+    assert same(load(tmp_path / "model" / f"last_{stage}.pt"), load(tmp_path / "whole" / f"last_{stage}.pt"))
+
+
+def test_a_loss_of_nan_at_the_first_iteration_writes_nothing(train, at_iteration, tmp_path, capsys):
+    at_iteration(1, lambda run, loss: loss * math.nan)
+    assert train("recon", "model") == 2
+    assert "iteration 1" in refusal(capsys)
+    assert not (tmp_path / "model").exists() or not list((tmp_path / "model").iterdir())
+
+
+def test_a_gradient_of_nan_does_not_reach_a_checkpoint(train, at_iteration, tmp_path, capsys):
+    def spoil(run, loss):
+        run.parameters[0].register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    at_iteration(3, spoil)
+    assert train("recon", "model") == 2
+    assert "iteration 3" in refusal(capsys)
+    assert not list((tmp_path / "model").glob("*.pt"))
+
+
+@pytest.mark.parametrize("failing", ["os.replace", "torch.save"])
+def test_a_save_that_fails_leaves_the_old_file_alone(failing, tmp_path, monkeypatch):
+    path, network = tmp_path / "controller.pt", nn.Conv2d(3, 3, 1)
+    checkpoint.save_weights(path, "controller", {}, network, {})
+    before = path.read_bytes()
+
+    def fail(content, place):
+        Path(content if failing == "os.replace" else place).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(InputError, match="could not be written"):
+        checkpoint.save_weights(path, "controller", {}, nn.Conv2d(3, 3, 1), {})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["controller.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk without space")
+def test_a_full_disk_is_one_sentence(train, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "last_recon.pt.tmp").symlink_to("/dev/full")
+    assert train("recon", "model") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and "could not be written" in lines[-1]
+    assert not list((tmp_path / "model").glob("*.pt*"))
+
+
+# One optimiser step.
+
+def tiny_run(folder, iterations=8, lr=0.1, weight_decay=0.0, clip_grad=1e9, ema=0.9999, cosine=False):
+    """A Run on a convolution with batch normalisation -> (run, network, list of losses' inputs)."""
+    args = argparse.Namespace(model=folder, iterations=iterations, batch=4, lr=lr, weight_decay=weight_decay,
+                              clip_grad=clip_grad, ema=ema, cosine=cosine, save_every=1000, device="cpu", precision="float32")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 4 * 4, 1))
+
+    def stream(start, stop):
+        for k in range(start, stop):
+            yield {"x": torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(k))}
+
+    return training.Run(args, "tiny", {"tiny": network}, stream, lambda networks: {}, lambda networks, info: None), network
+
+
+@pytest.mark.parametrize("ema", [0.9999, 0.3])
+def test_the_average_warms_up(ema, tmp_path):
+    run, network = tiny_run(tmp_path, ema=ema)
+    expected = [parameter.detach().double().clone() for parameter in network.parameters()]
+    for k, batch in enumerate(run.batches()):
+        run.step(network(batch["x"]).square().mean())
+        decay = min(ema, (k + 1) / (k + 10))
+        expected = [decay * average + (1 - decay) * parameter.detach().double()
+                    for average, parameter in zip(expected, network.parameters())]
+        averaged = run.averaged["tiny"]
+        for average, parameter in zip(averaged.parameters(), expected):
+            torch.testing.assert_close(average.double(), parameter, rtol=1e-5, atol=1e-6)
+        assert all(map(torch.equal, averaged.buffers(), network.buffers()))
+    assert network[1].num_batches_tracked == 8
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1e9])
+def test_gradients_are_clipped_to_a_norm(largest, tmp_path):
+    run, network = tiny_run(tmp_path, clip_grad=largest)
+    for batch in run.batches():
+        loss = network(batch["x"]).square().mean()
+        full = torch.autograd.grad(loss, run.parameters, retain_graph=True)
+        norm = torch.stack([gradient.norm() for gradient in full]).norm()
+        run.step(loss)
+        for gradient, parameter in zip(full, run.parameters):
+            torch.testing.assert_close(parameter.grad, gradient * min(1, largest / norm.item()), rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_learning_rate(cosine, tmp_path):
+    run, network = tiny_run(tmp_path, lr=0.1, cosine=cosine)
+    rates = []
+    for batch in run.batches():
+        run.step(network(batch["x"]).square().mean())
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    expected = 0.05 * (1 + np.cos(np.pi * np.arange(8) / 8)) if cosine else np.full(8, 0.1)
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+    assert rates[0] == 0.1
+
+
+def test_reconstruction_loss():
+    clean, estimate = np.random.default_rng(0).random((2, 3, 3, 5, 4), np.float32)
+    squared = (clean.astype(np.float64) - estimate) ** 2
+    psnr = [-10 * np.log10(one.mean()) for one in squared]
+    both = torch.from_numpy(clean), torch.from_numpy(estimate)
+    assert training.reconstruction_loss(*both).item() == pytest.approx(squared.mean(), rel=1e-6)
+    assert training.reconstruction_loss(*both, "psnr").item() == pytest.approx(-np.mean(psnr), rel=1e-6)
+
+
+# What is written.
+
+def assert_plain(value):
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value)
+        [assert_plain(entry) for entry in value.values()]
+    elif isinstance(value, list):
+        [assert_plain(entry) for entry in value]
+    else:
+        assert value is None or type(value) in (str, int, float, bool, torch.Tensor)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_weight_files(stage, train, tmp_path):
+    assert train(stage, "model") == 0
+    content = load(tmp_path / "model" / f"{stage}.pt")
+    assert content.keys() == {"kind", "config", "state_dict", "info"} and content["kind"] == stage
+    assert_plain({**content, "state_dict": dict(content["state_dict"])})
+    assert content["info"]["iteration"] == 6 and content["info"]["settings"]["lr"] == 1e-3
+    averaged = load(tmp_path / "model" / f"last_{stage}.pt")[stage]["averaged"]
+    assert content["state_dict"].keys() == averaged.keys()
+    for name, tensor in content["state_dict"].items():
+        if "num_batches_tracked" in name:
+            assert tensor.dtype == torch.int64
+        else:
+            assert averaged[name].dtype == torch.float32
+            assert tensor.dtype == (torch.float32 if "running_" in name else torch.float16)
+        assert torch.equal(tensor, averaged[name].to(tensor.dtype))
+    if stage != "controller":
+        model = RnG.load(tmp_path / "model")
+        assert (model.recon if stage == "recon" else model.gen).config["arch"] == ("nafnet" if stage == "recon" else "unet")
+    else:
+        assert checkpoint.load_controller(tmp_path / "model" / "controller.pt").config == {"c": 2}
+
+
+def test_log_and_validation(train, tmp_path, monkeypatch):
+    seen, real_stream = [], crops.training_stream
+
+    def remember(*arguments):
+        seen.append(real_stream(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(crops, "training_stream", remember)
+    monkeypatch.setattr(training, "REPORT_EVERY", 2)
+    assert train("recon", "model", "--save-every", "4", "--validation", "3") == 0
+    lines = [json.loads(line) for line in (tmp_path / "model" / "train_recon.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 4, 6]
+    assert all(line["loss"] > 0 and line["images_per_s"] > 0 for line in lines)
+    assert [line.get("psnr", 0) > 0 for line in lines] == [False, True, True]
+    held_out = seen[0][1]
+    assert held_out["clean"].shape == (3, 3, 16, 16)
+    with torch.no_grad():  # the averaged weights, as the weight file holds them
+        estimate = checkpoint.load_recon(tmp_path / "model" / "recon.pt")(held_out["noisy"]).clamp(0, 1)
+    assert metrics.psnr(estimate, held_out["clean"]).mean().item() == pytest.approx(lines[-1]["psnr"], abs=0.02)
+
+
+def test_controller_validation(train, tmp_path):
+    assert train("controller", "model", "--holdout", "0.4", "--iterations", "3") == 0
+    [line] = log(tmp_path / "model", "controller")
+    scores = np.array([json.loads(label(n))["lpips"] for n in range(10)])
+    fixed = scores[4:].mean(axis=0).argmin()
+    assert line["lpips_oracle"] == pytest.approx(scores[:4].min(axis=1).mean(), abs=1e-6)
+    assert line["lpips_fixed"] == pytest.approx(scores[:4, fixed].mean(), abs=1e-6)
+    assert line["fixed_steps"] == STEPS[fixed]
+    assert line["lpips_oracle"] <= line["lpips"] and 0 <= line["accuracy"] <= 1 and 0 <= line["mean_steps"] <= 100
+
+
+# Stage 2's variants.
+
+def test_two_stages_leave_r_untouched(train, tmp_path):
+    r, folder = NAFNet(4, [1], 1, [1]), tmp_path / "model"
+    folder.mkdir()
+    checkpoint.save_weights(folder / "recon.pt", "recon", r.config, r, {})
+    before = (folder / "recon.pt").read_bytes()
+    assert train("gen", "model", "--iterations", "2", "--condition", "initial", "--precision", "bfloat16") == 0
+    assert (folder / "recon.pt").read_bytes() == before
+    assert load(folder / "gen.pt")["config"]["condition"] == "initial"
+    assert "recon" not in load(folder / "last_gen.pt")
+
+
+@pytest.mark.parametrize("scheme, iterations, learns", [
+    ("joint", 1, False),        # g is zero at the start, so Eq. 5 has no gradient for r yet
+    ("joint", 3, True),
+    ("intermediate", 1, True),  # Eq. 4 has
+])
+def test_joint_schemes_train_r(scheme, iterations, learns, train, tmp_path):
+    assert train("gen", "model", "--scheme", scheme, "--iterations", str(iterations)) == 0
+    content = checkpoint.load_weights(tmp_path / "model" / "recon.pt", "recon")
+    assert content["config"]["arch"] == "unet" and content["config"]["noise_level"] is False
+    assert bool(content["state_dict"]["ending.weight"].any()) == learns  # zero at the start
+    assert load(tmp_path / "model" / "gen.pt")["config"]["residual_scale"] == 1
+
+
+def test_the_condition_both_has_two_pictures(train, tmp_path):
+    assert train("gen", "model", "--condition", "both", "--iterations", "1") == 0
+    g, settings = checkpoint.load_gen(tmp_path / "model" / "gen.pt")
+    assert settings["condition"] == "both" and g.intro.in_channels == 9
+
+
+def test_target_clean_puts_a_constant_for_r(train, pictures, tmp_path):
+    assert train("gen", "model", "--target", "clean", "--iterations", "1") == 0
+    model = RnG.load(tmp_path / "model", "cpu")
+    assert model.settings["target"] == "clean"
+    assert torch.equal(model.reconstruct(torch.rand(1, 3, 8, 8)), torch.full((1, 3, 8, 8), 0.5))
+    std = np.std([np.asarray(Image.open(path)) / 255 - 0.5 for path in pictures.iterdir()])
+    assert 1 / model.settings["residual_scale"] == pytest.approx(std, rel=0.2)
+
+
+def test_residual_scale_is_measured_once(train, at_iteration, tmp_path):
+    r = UNet(4, blocks=1, noise_level=False)  # the identity: the residual is the noise
+    (tmp_path / "model").mkdir()
+    checkpoint.save_weights(tmp_path / "model" / "recon.pt", "recon", r.config, r, {})
+    options = ["--sigma", "25", "--clip-noisy", "0"]
+    at_iteration(1, sends(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        train("gen", "model", *options)
+    path = tmp_path / "model" / "gen.pt"
+    content = load(path)
+    assert content["config"]["residual_scale"] == pytest.approx(255 / 25, rel=0.03)
+    content["config"]["residual_scale"] = 7.0
+    torch.save(content, path)
+    assert train("gen", "model", *options) == 0  # reads it back
+    assert load(path)["config"]["residual_scale"] == 7.0
+
+
+def test_residual_scale_can_be_given(train, tmp_path):
+    assert train("gen", "model", "--residual-scale", "1", "--iterations", "1") == 0
+    assert load(tmp_path / "model" / "gen.pt")["config"]["residual_scale"] == 1.0
+
+
+def test_training_starts_from_an_official_checkpoint(train, tmp_path):
+    torch.manual_seed(5)
+    official = NAFNet(4, [1, 2], 1, [2, 1]).half().float()
+    torch.save({"params": {f"module.{name}": value for name, value in official.state_dict().items()}}, tmp_path / "nafnet.pth")
+    assert train("recon", "model", "--init", str(tmp_path / "nafnet.pth"), "--lr", "0", "--iterations", "1") == 0
+    r = checkpoint.load_recon(tmp_path / "model" / "recon.pt")
+    assert r.config == official.config
+    assert same(dict(r.state_dict()), dict(official.state_dict()))
+
+
+def test_a_first_stage_without_data_or_with_a_file_for_a_folder(train, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train("recon", "file") == 2
+    assert "file" in refusal(capsys)
+    assert train("recon", "model", "--root", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in refusal(capsys) and not (tmp_path / "model").exists()
