@@ -25,7 +25,7 @@ from rng.pipeline import RnG
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("runs/rng"), help="model folder with recon.pt and gen.pt (default: runs/rng)")
+    parser.add_argument("--model", type=Path, default=Path("runs/rng"), help="model folder (default: runs/rng)")
     data.add_arguments(parser)
     parser.add_argument("--patches", type=int, default=20000, help="how many patches (default: 20000)")
     parser.add_argument("--size", type=int, default=256, help="side of a patch, 64 to 256 pixels (default: 256)")

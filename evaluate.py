@@ -18,7 +18,7 @@ import torch
 from rng import crops, data, metrics, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, script
-from rng.pipeline import RnG
+from rng.pipeline import PEAK, RnG, find_folder, to_pixels
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
 ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -26,21 +26,26 @@ ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 @script
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="default", help="model folder, or a model that ships")
     parser.add_argument("--data", choices=data.NAMES, default="sample", help="data set")
     parser.add_argument("--root", help="its folder; datasets/NAME where not given")
     parser.add_argument("--split", choices=["test", "train"], default="test", help="which part of sidd and div2k")
     parser.add_argument("--limit", type=int, help="use only so many pictures, spread evenly over the set")
     parser.add_argument("--centre-crop", type=int, help="use only the centre of each picture, so many pixels a side")
-    parser.add_argument("--sigma", type=float, nargs="+", help="std of the Gaussian noise, 0-255 scale; 20 35 50 for div2k, else 15 25 50")
+    parser.add_argument("--sigma", type=float, nargs="+",
+                        help="std of the Gaussian noise, 0-255 scale; 20 35 50 for div2k, else 15 25 50")
     parser.add_argument("--clip-noisy", action="store_true", help="clip the noisy input and round it to 8 bit")
-    parser.add_argument("--metric-patches", action="store_true", help="score 256 x 256 patches, as the paper, not whole images")
-    parser.add_argument("--steps", type=int, nargs="*", default=[20, 100], help="fixed step counts to score beside r and RnG")
+    parser.add_argument("--metric-patches", action="store_true",
+                        help="score 256 x 256 patches, as the paper, not whole images")
+    parser.add_argument("--steps", type=int, nargs="*", default=[20, 100],
+                        help="fixed step counts to score beside r and RnG")
     parser.add_argument("--detail", type=float, default=1.0, help="scale of the generated detail, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of the generated detail")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 where it pays")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="auto: bfloat16 where it pays")
     parser.add_argument("--lpips-backbone", help="file with AlexNet's convolutions; fetched once where not given")
     parser.add_argument("--csv", type=Path, default=Path("evaluation.csv"), help="the table as a file")
     parser.add_argument("--search-schedule", action="store_true",
@@ -75,7 +80,7 @@ def inputs(args, item, sigma):
 
 def eight_bit(image):
     """numpy (H, W, 3), uint8 or float in [0, 1] units -> uint8."""
-    return image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return image if image.dtype == np.uint8 else to_pixels(image, np.dtype(np.uint8))
 
 
 def protocol(args, some):
@@ -83,11 +88,12 @@ def protocol(args, some):
     if args.sigma == [None]:
         noise = "real noise"
     else:
-        noise = f"Gaussian noise, RGB, numpy seed 0 for each image, {'clipped and 8-bit' if args.clip_noisy else 'float, not clipped'}"
+        kept = "clipped and 8-bit" if args.clip_noisy else "float, not clipped"
+        noise = f"Gaussian noise, RGB, numpy seed 0 for each image, {kept}"
     part = f"centre {args.centre_crop} x {args.centre_crop}" if args.centre_crop else "whole images"
     patches = ", scored on 256 x 256 patches" if args.metric_patches else ""
-    return (f"Protocol: {len(some)} pictures of {args.data}, {part}{patches}; {noise}; output rounded to 8 bit; PSNR on RGB, "
-            f"SSIM on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}, detail {args.detail:g}.")
+    return (f"Protocol: {len(some)} pictures of {args.data}, {part}{patches}; {noise}; output rounded to 8 bit; "
+            f"PSNR on RGB, SSIM on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}, detail {args.detail:g}.")
 
 
 def score(args, model, some):
@@ -149,12 +155,16 @@ def search_schedule(args, model, some):
     if len({clean.shape for clean, _ in pairs}) > 1:
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
     y = torch.stack([crops.to_tensor(clean).float() / 255 for clean, _ in pairs]).to(model.device)
-    x = torch.stack([crops.to_tensor(noisy).float() / (255 if noisy.dtype == np.uint8 else 1) for _, noisy in pairs]).to(model.device)
+    x = torch.stack([crops.to_tensor(noisy).float() / PEAK[noisy.dtype] for _, noisy in pairs]).to(model.device)
     y_r = torch.cat([model.reconstruct(part) for part in x.split(16)])
 
     def noise(key, index):
         patches = [tiling.patch_noise(args.seed, key, 2 * i, 0) for i in index]
         return torch.stack(patches)[..., :x.shape[2], :x.shape[3]].to(model.device)
+
+    def mean_lpips(y_hat):
+        with torch.no_grad():
+            return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(16), y.split(16))]).mean().item()
 
     print(protocol(args, some), end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " |\n|" + "---|" * (1 + len(args.ends)))
@@ -163,14 +173,12 @@ def search_schedule(args, model, some):
         scores = []
         for end in args.ends:
             model.ends[steps] = end
-            y_hat = (y_r + model.generate(x, y_r, [steps] * len(x), noise)).clamp(0, 1)
-            with torch.no_grad():
-                scores.append(torch.cat([lpips(a, b) for a, b in zip(y_hat.split(16), y.split(16))]).mean().item())
+            scores.append(mean_lpips(y_r + model.generate(x, y_r, [steps] * len(x), noise)))
         best[str(steps)] = args.ends[int(np.argmin(scores))]
         print(f"| {steps} | " + " | ".join(f"{score:.4f}" for score in scores) + " |", flush=True)
-    with torch.no_grad():
-        print(f"\nr alone: LPIPS {torch.cat([lpips(a.clamp(0, 1), b) for a, b in zip(y_r.split(16), y.split(16))]).mean().item():.4f}")
-    write_whole(Path(args.model) / "schedule.json", lambda file: file.write(json.dumps({"end": best}, indent=1) + "\n"))
+    print(f"\nr alone: LPIPS {mean_lpips(y_r):.4f}")
+    path = find_folder(args.model) / "schedule.json"
+    write_whole(path, lambda file: file.write(json.dumps({"end": best}, indent=1) + "\n"))
     return 0
 
 

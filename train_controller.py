@@ -31,7 +31,8 @@ def main(argv=None):
     parser.add_argument("--data", nargs="+", choices=data.NAMES, default=["sidd"], help="data sets of the labels")
     parser.add_argument("--root", nargs="+", help="folder of each data set (default: datasets/NAME)")
     parser.add_argument("--c", type=int, help="* channels of s's first block")
-    parser.add_argument("--holdout", type=float, default=0.2, help="share of the labels kept for validation (default: 0.2)")
+    parser.add_argument("--holdout", type=float, default=0.2,
+                        help="share of the labels kept for validation (default: 0.2)")
     args = training.parse(parser, PRESETS, argv)
 
     patches, scores = labelled_patches(args)                                       # (M, 3, P, P) float16, (M, 11)
@@ -94,7 +95,7 @@ def labelled_patches(args):
     for i in sorted(range(len(labels)), key=lambda i: labels[i]["image"]):  # so that each picture is decoded once
         name = labels[i]["image"]
         if name not in items:
-            raise InputError(f"{path} names the picture {name}, which --data and --root do not hold; name the labels' own")
+            raise InputError(f"{path} names a picture {name} that is not there; give the labels' own --data and --root")
         if name != opened:
             opened, pictures = name, items[name].read()
         patches[i] = crops.labelled_patch(*pictures, labels[i])[0].half()

@@ -40,7 +40,7 @@ def main(argv=None):
     parser.add_argument("--target", choices=["residual", "clean"], default="residual",
                         help="clean: Table 4's generative part only, r is the constant 0.5")
     parser.add_argument("--residual-scale", type=float,
-                        help="g learns (y - r(x)) times this; default 1 / std(y - r(x)), measured; 1 is the paper's letter")
+                        help="g learns (y - r(x)) times this; default 1 / std(y - r(x)); 1 is the paper's letter")
     parser.add_argument("--lpips-backbone", help="AlexNet weights for the validation LPIPS")
     training.add_crop_arguments(parser)
     args = training.parse(parser, PRESETS, argv)
@@ -63,7 +63,8 @@ def main(argv=None):
         return torch.full_like(x, 0.5) if args.target == "clean" else r(x).float()
 
     def validate(networks):
-        model = RnG(networks.get("recon", r), networks["gen"], settings, device_name=args.device, precision=args.precision)
+        model = RnG(networks.get("recon", r), networks["gen"], settings,
+                    device_name=args.device, precision=args.precision)
         x = held_out["noisy"].to(run.device)
         y_r = model.reconstruct(x)
         d_0 = model.generate(x, y_r, [VALIDATION_STEPS] * len(x), fixed_noise(x))
@@ -103,7 +104,8 @@ def measured_scale(args, run, estimate):
     if run.iteration > 0:
         return checkpoint.load_gen(args.model / "gen.pt")[1]["residual_scale"]
     with torch.no_grad(), run.autocast():
-        residuals = [batch["clean"] - estimate(batch["noisy"].to(run.device)).cpu() for batch in run.stream(0, SCALE_BATCHES)]
+        residuals = [batch["clean"] - estimate(batch["noisy"].to(run.device)).cpu()
+                     for batch in run.stream(0, SCALE_BATCHES)]
     return 1 / torch.cat(residuals).double().std().item()
 
 

@@ -18,16 +18,18 @@ from rng.unet import UNet
 
 PRESETS = {
     "paper": dict(width=64, enc=[2, 2, 4, 8], middle=12, dec=[2, 2, 2, 2], base=64, blocks=3, loss="mse",
-                  iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
+                  iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False, weight_decay=1e-4,
+                  clip_grad=1.0, ema=0.9999),
     "small": dict(width=24, enc=[1, 1, 2, 2], middle=2, dec=[1, 1, 1, 1], base=48, blocks=1, loss="psnr",
-                  iterations=7000, batch=16, crop=80, lr=2e-3, cosine=True, weight_decay=1e-4, clip_grad=0.5, ema=0.999),
+                  iterations=6000, batch=16, crop=80, lr=2e-3, cosine=True, weight_decay=1e-4,
+                  clip_grad=0.5, ema=0.999),
 }
 
 
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=["nafnet", "unet"], default="nafnet", help="unet: Table 1's reconstructive U-Net")
+    parser.add_argument("--arch", choices=["nafnet", "unet"], default="nafnet", help="unet: Table 1's other r")
     parser.add_argument("--width", type=int, help="* NAFNet's channels at full resolution")
     parser.add_argument("--enc", type=int, nargs="+", help="* NAFNet's encoder blocks per level")
     parser.add_argument("--middle", type=int, help="* NAFNet's middle blocks")
@@ -35,7 +37,8 @@ def main(argv=None):
     parser.add_argument("--base", type=int, help="* the U-Net's channels at full resolution")
     parser.add_argument("--blocks", type=int, help="* the U-Net's residual blocks per level")
     parser.add_argument("--loss", choices=["mse", "psnr"], help="* mse: Eq. 4 with p = 2; psnr: NAFNet's own")
-    parser.add_argument("--init", type=Path, help="start from this recon.pt or official NAFNet checkpoint, whose sizes win")
+    parser.add_argument("--init", type=Path,
+                        help="start from this recon.pt or official NAFNet checkpoint, whose sizes win")
     training.add_crop_arguments(parser)
     args = training.parse(parser, PRESETS, argv)
 

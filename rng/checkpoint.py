@@ -20,7 +20,7 @@ def save_atomic(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written; is there space on the disk, and the right to write? ({error})") from error
+        raise InputError(f"{path} could not be written ({error}); make space or name another --model folder") from error
 
 
 def load(path):
@@ -46,7 +46,7 @@ def load_weights(path, kind):
     if not isinstance(content, dict) or not {"kind", "config", "state_dict", "info"} <= content.keys():
         raise InputError(f"{path} is not a weight file of this project; fetch or train it again")
     if content["kind"] != kind:
-        raise InputError(f"{path} holds a network of kind {content['kind']!r}, but {kind!r} is needed here; name another file")
+        raise InputError(f"{path} holds a network of kind {content['kind']!r}, not {kind!r}; name another file")
     return content
 
 
@@ -54,12 +54,12 @@ def _filled(network, state_dict, path):
     try:
         network.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise InputError(f"{path} holds other parameters than its configuration says; fetch or train it again") from error
+        raise InputError(f"{path} does not hold the parameters it should; fetch or train it again") from error
     return network.eval()
 
 
 def load_recon(path):
-    """r from recon.pt, or from an official NAFNet checkpoint: {"params": state_dict}, names perhaps behind `module.`."""
+    """r from recon.pt, or from an official NAFNet checkpoint {"params": state_dict}, with or without `module.`."""
     content = load(path)
     if isinstance(content, dict) and "params" in content:
         state_dict = {name.removeprefix("module."): tensor for name, tensor in content["params"].items()}

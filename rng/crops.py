@@ -188,5 +188,6 @@ def training_stream(args, schedule=None):
         crops = Crops(train, weights, args.crop, args.batch, mix, args.seed, start, stop, schedule)
         return batches(crops, args.workers)
 
-    validation = Crops(held_out, weights, args.crop, args.validation, mix, args.seed, VALIDATION, VALIDATION + 1, schedule)
+    first = VALIDATION
+    validation = Crops(held_out, weights, args.crop, args.validation, mix, args.seed, first, first + 1, schedule)
     return stream, next(iter(validation))

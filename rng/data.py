@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
 
 def _missing(folder, layout, source):
-    return InputError(f"{folder} was not found or holds no pictures; expected {layout} ({source}); name its place with --root")
+    return InputError(f"{folder} is missing or holds no pictures; expected {layout} ({source}); say where with --root")
 
 
 def _pictures(folder):

@@ -118,7 +118,7 @@ def _read_tiff16(path):
                 and page.compression in TIFF_COMPRESSIONS and not tiff.is_bigtiff):
             raise InputError(f"cannot read {path}: a TIFF of this kind is not supported; save it again as grey or RGB "
                              "of 8 or 16 bits, uncompressed or with Deflate (not LZW)")
-        planes = page.asarray().astype(np.uint16)   # in the machine's byte order
+        planes = page.asarray()
         if page.photometric == white:
             planes = 65535 - planes
         exif, orientation, notes = _read_exif(lambda: _tiff_exif(file))

@@ -12,7 +12,7 @@ from rng.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 PEAK = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
-BATCH = {"cpu": 4, "mps": 8, "cuda": 64}  # patches per network call: a constant, so that the same input gives the same bytes
+BATCH = {"cpu": 4, "mps": 8, "cuda": 64}  # patches per network call; constant, for the same bytes at every run
 
 
 class Parts(NamedTuple):
@@ -36,10 +36,18 @@ def load_ends(path):
     try:
         ends = {int(steps): float(end) for steps, end in json.loads(path.read_text())["end"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{path} is damaged; it should read {{"end": {{"10": 0.5, ...}}}}: search the schedule again') from error
+        raise InputError(f"{path} is damaged; run evaluate.py --search-schedule again") from error
     if any(steps < 1 or not ddpm.BETA_1 <= end < 1 for steps, end in ends.items()):
-        raise InputError(f"{path} has a step count below 1 or an end point outside (0, 1); search the schedule again")
+        raise InputError(f"{path} has an end point outside (0, 1); run evaluate.py --search-schedule again")
     return ends
+
+
+def find_folder(name_or_folder):
+    """The model folder, or that of a model that ships in rng/weights; a path that exists wins."""
+    for folder in (Path(name_or_folder), WEIGHTS / name_or_folder):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"there is no model {name_or_folder}; name a folder with recon.pt in it, or the default")
 
 
 class RnG:
@@ -49,7 +57,8 @@ class RnG:
     ends: {steps: end point of 1 - alpha}; counts that are not in it end at ddpm.default_end.
     """
 
-    def __init__(self, recon, gen=None, settings=None, controller=None, ends=None, device_name="auto", precision="auto"):
+    def __init__(self, recon, gen=None, settings=None, controller=None, ends=None,
+                 device_name="auto", precision="auto"):
         self.device, self.precision = device.pick(device_name), precision
         self.recon, self.gen, self.controller = (
             network and network.to(self.device, memory_format=torch.channels_last).eval()
@@ -58,15 +67,11 @@ class RnG:
 
     @classmethod
     def load(cls, name_or_folder="default", device="auto", precision="auto"):
-        """A folder, or the name of a model that ships in rng/weights; a path that exists wins.
+        """A model by its folder or name, as find_folder has it.
 
         Only recon.pt must be there: without gen.pt the only step count is 0, without controller.pt there is no "auto".
         """
-        folder = Path(name_or_folder)
-        if not folder.exists():
-            folder = WEIGHTS / name_or_folder
-        if not folder.is_dir():
-            raise InputError(f"there is no model {name_or_folder}: name a folder with recon.pt in it, or leave --model out")
+        folder = find_folder(name_or_folder)
         recon = checkpoint.load_recon(folder / "recon.pt")
         gen = settings = controller = None
         if (folder / "gen.pt").exists():
@@ -128,55 +133,61 @@ class RnG:
         """
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in PEAK:
             raise ValueError(f"image must be (H, W, 3) uint8, uint16 or float32, not {image.shape} {image.dtype}")
+        if steps != "auto" and (not isinstance(steps, int) or steps < 0):
+            raise ValueError(f'steps must be "auto" or a whole number from 0, not {steps!r}')
         height, width = image.shape[:2]
-        rows, cols = tiling.count(height), tiling.count(width)
-        batch = batch or BATCH[self.device.type]
-        peak = PEAK[image.dtype]
-        step_map = np.zeros((rows, cols), int)
+        step_map = np.zeros((tiling.count(height), tiling.count(width)), int)
+        out = np.empty_like(image)
+        recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts else (None, None)
         steps = steps if detail else 0  # r alone needs neither s nor g
-
-        def patches(row):
-            band = image[tiling.band_rows(row, height)].astype(np.float32) / peak
-            return tiling.split_band(torch.from_numpy(band).permute(2, 0, 1))
-
-        def denoised_rows():
-            together = max(1, batch // cols)
-            for first in range(0, rows, together):
-                group = range(first, min(first + together, rows))
-                x = torch.cat([patches(row) for row in group]).to(self.device)                # (N, 3, 256, 256)
-                y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])           # Algorithm 1, line 1
-                T = sum([self.predict_steps(some) for some in x.split(batch)], []) if steps == "auto" else [steps] * len(x)
-                places = [(row, col) for row in group for col in range(cols)]
-                evaluations = [0, max(1, sum(T))]
-
-                def noise(key, index):
-                    return torch.stack([tiling.patch_noise(seed, key, *places[i]) for i in index]).to(self.device)
-
-                def count(t, index):
-                    evaluations[0] += len(index)
-                    if progress:
-                        progress((first + len(group) * evaluations[0] / evaluations[1]) / rows)
-
-                d_0 = detail * self.generate(x, y_r, T, noise, batch=batch, callback=count)    # lines 2 to 5
-                step_map[first:first + len(group)] = np.reshape(T, (len(group), cols))
-                pieces = torch.cat([y_r + d_0, y_r, d_0] if parts else [y_r + d_0], dim=1)     # line 6
-                yield from pieces.cpu().split(cols)
-                if progress:
-                    progress(group.stop / rows)
-
-        def to_image(y):                                                                       # (3, h, W) -> (h, W, 3)
-            y = y.clamp(0, 1).permute(1, 2, 0).numpy() * peak
-            return y.round().astype(image.dtype) if peak > 1 else y
-
-        out, recon = np.empty_like(image), np.empty_like(image) if parts else None
-        residual = np.empty(image.shape, np.float16) if parts else None
+        rows = self._denoised_rows(image, steps, seed, detail, batch or BATCH[self.device.type], progress, step_map)
         top = 0
-        for band in tiling.stitch_rows(denoised_rows(), width):
+        for band in tiling.stitch_rows(rows, width):                                  # (9, h, W)
             here = slice(top, min(top + band.shape[1], height))
-            band = band[:, :here.stop - top]
-            out[here] = to_image(band[:3])
+            band = band[:, :here.stop - top].permute(1, 2, 0).numpy()                 # (h, W, 9)
+            out[here] = to_pixels(band[..., :3], image.dtype)
             if parts:
-                recon[here] = to_image(band[3:6])
-                residual[here] = band[6:].permute(1, 2, 0).numpy()
+                recon[here], residual[here] = to_pixels(band[..., 3:6], image.dtype), band[..., 6:]
             top = here.stop
         return Parts(out, recon, residual, step_map) if parts else out
+
+    def _denoised_rows(self, image, steps, seed, detail, batch, progress, step_map):
+        """Yields (columns, 9, 256, 256) for each row of patches: y, r(x) and what g added; fills step_map."""
+        rows, cols = step_map.shape
+        together = max(1, batch // cols)  # rows, so that a small picture fills the batch too
+        for first in range(0, rows, together):
+            group = range(first, min(first + together, rows))
+            x = torch.cat([to_patches(image, row) for row in group]).to(self.device)  # (N, 3, 256, 256)
+            y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])      # Algorithm 1, line 1
+            T = [steps] * len(x)
+            if steps == "auto":
+                T = [count for some in x.split(batch) for count in self.predict_steps(some)]
+            places = [(row, col) for row in group for col in range(cols)]
+            evaluations = 0
+
+            def noise(key, index):
+                return torch.stack([tiling.patch_noise(seed, key, *places[i]) for i in index]).to(self.device)
+
+            def count(t, index):
+                nonlocal evaluations
+                evaluations += len(index)
+                if progress:
+                    progress((first + len(group) * evaluations / sum(T)) / rows)
+
+            d_0 = detail * self.generate(x, y_r, T, noise, batch=batch, callback=count)  # lines 2 to 5
+            step_map[group] = np.reshape(T, (len(group), cols))
+            yield from torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu().split(cols)         # line 6
+            if progress:
+                progress(group.stop / rows)
+
+
+def to_patches(image, row):
+    """One row of the grid: numpy (H, W, 3) -> (columns, 3, 256, 256) float32 in [0, 1]."""
+    band = image[tiling.band_rows(row, image.shape[0])].astype(np.float32) / PEAK[image.dtype]
+    return tiling.split_band(torch.from_numpy(band).permute(2, 0, 1))
+
+
+def to_pixels(y, dtype):
+    """float32 in [0, 1] units -> clipped, and rounded where dtype is an integer type."""
+    y = y.clip(0, 1) * PEAK[dtype]
+    return y.round().astype(dtype) if PEAK[dtype] > 1 else y

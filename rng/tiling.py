@@ -1,4 +1,4 @@
-"""Patches of 256 pixels with 32 of overlap (Sec. 3.2): drop 12 at each side of an inner border, average the 8 that remain.
+"""Patches of 256 pixels that overlap by 32 (Sec. 3.2): of an overlap 12 are dropped at each side, 8 averaged.
 
 Images are tensors (C, H, W) of any size from 1 x 1; those that do not fit are extended by reflection and cropped back.
 """
@@ -26,7 +26,7 @@ def reflected(size):
 
 
 def band_rows(row, height):
-    """Indices of the 256 pixel rows that row `row` of the grid covers in an image of this height, reflected below it."""
+    """Indices of the 256 pixel rows of row `row` of the grid, in an image of this height, reflected below it."""
     return reflected(height)[row * STRIDE:row * STRIDE + PATCH]
 
 

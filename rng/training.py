@@ -23,8 +23,10 @@ FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "lpips_backb
 def parse(parser, presets, argv):
     """Adds the options that the training scripts share, takes defaults from presets {name: {option: value}}, parses."""
     add = parser.add_argument
-    add("--model", type=Path, default=Path("runs/rng"), help="model folder, written to; the same command resumes (default: runs/rng)")
-    add("--preset", choices=sorted(presets), default="paper", help="where the defaults marked * come from (default: paper)")
+    add("--model", type=Path, default=Path("runs/rng"), 
+        help="model folder, written to; the same command resumes (default: runs/rng)")
+    add("--preset", choices=sorted(presets), default="paper", 
+        help="where the defaults marked * come from (default: paper)")
     add("--iterations", type=int, help="* optimiser steps")
     add("--batch", type=int, help="* samples per iteration")
     add("--lr", type=float, help="* learning rate of AdamW")
@@ -35,7 +37,8 @@ def parse(parser, presets, argv):
     add("--seed", type=int, default=0, help="of data, noise and initial weights (default: 0)")
     add("--save-every", type=int, default=1000, help="iterations between validation and checkpoint (default: 1000)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 where it pays (default)")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="auto: bfloat16 where it pays (default)")
     chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument("--preset", choices=sorted(presets), default="paper")
     parser.set_defaults(**presets[chosen.parse_known_args(argv)[0].preset])
@@ -46,7 +49,8 @@ def add_crop_arguments(parser):
     """The options of the stages that learn from crops."""
     data.add_arguments(parser)
     parser.add_argument("--crop", type=int, help="* side of a crop, pixels")
-    parser.add_argument("--validation", type=int, default=16, help="validation crops, of pictures held out (default: 16)")
+    parser.add_argument("--validation", type=int, default=16,
+                        help="validation crops, of pictures held out (default: 16)")
     parser.add_argument("--workers", type=int, default=2, help="processes that make the crops (default: 2)")
 
 
@@ -84,12 +88,13 @@ class Run:
             network.to(self.device, memory_format=torch.channels_last).train()
         self.parameters = [p for network in networks.values() for p in network.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
-        self.averaged = {name: copy.deepcopy(network).eval().requires_grad_(False) for name, network in networks.items()}
+        self.averaged = {name: copy.deepcopy(network).eval().requires_grad_(False)
+                         for name, network in networks.items()}
         self.iteration, self.signal = 0, None
         make_folder(args.model)
         self.last, self.log_path = args.model / f"last_{stage}.pt", args.model / f"train_{stage}.jsonl"
-        self.settings = json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in FREE_OPTIONS},
-                                              default=str))
+        settings = {key: value for key, value in vars(args).items() if key not in FREE_OPTIONS}
+        self.settings = json.loads(json.dumps(settings, default=str))
         if self.last.exists():
             self._resume()
 
@@ -109,7 +114,8 @@ class Run:
                 save = self.iteration % args.save_every == 0 or self.iteration == args.iterations
                 if save or self.signal or self.iteration % REPORT_EVERY == 0:
                     rate = len(losses) / (time.time() - started)
-                    info = {"iteration": self.iteration, "images_per_s": rate * args.batch, "loss": sum(losses) / len(losses)}
+                    info = {"iteration": self.iteration, "images_per_s": rate * args.batch,
+                            "loss": sum(losses) / len(losses)}
                     if save:
                         info |= self._validated()
                     self._report(info, (args.iterations - self.iteration) / rate)

@@ -37,7 +37,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Fully convolutional U-Net without attention or normalisation (design choices: README, "Where the paper is silent").
+    """Fully convolutional U-Net without attention or normalisation.
 
     base: channels at full resolution; multipliers: of base, one per level; blocks: residual blocks per level.
     conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
@@ -70,7 +70,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.ending.bias)
 
     def forward(self, x, d_t=None, gamma=None):
-        """x: condition (N, 3 * conditions, H, W) in [0, 1]; d_t: (N, 3, H, W), about unit variance; gamma: (N,) float64.
+        """x: condition (N, 3 * conditions, H, W) in [0, 1]; d_t: (N, 3, H, W), of unit variance; gamma: (N,) float64.
 
         Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
         """

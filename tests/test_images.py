@@ -179,6 +179,7 @@ def test_exif_travels(tmp_path, source, target):
         group = exif.get_ifd(ExifTags.IFD.Exif)
         assert group[ExifTags.Base.DateTimeOriginal] == "2020:01:02 03:04:05"
         assert float(group[ExifTags.Base.ExposureTime]) == pytest.approx(0.01)
+        assert ExifTags.IFD.Interop not in group        # an offset that would lead nowhere
         assert tuple(map(float, exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude])) == (1, 2, 3)
 
 
@@ -209,7 +210,10 @@ def test_colour_profile_is_kept(tmp_path, dtype, extension):
     for grey, profile in ((False, SRGB), (True, GREY_PROFILE)):
         pixels = smooth()[..., :1].repeat(3, 2).astype(dtype)
         write_picture(tmp_path / f"a{extension}", pixels, Picture(pixels, grey, icc=profile))
-        assert read_picture(tmp_path / f"a{extension}").icc == (b"" if grey and extension == ".webp" else profile)
+        kept = None if grey and extension == ".webp" else profile       # WebP turns grey into RGB
+        with Image.open(tmp_path / f"a{extension}") as image:
+            assert image.info.get("icc_profile") == kept
+        assert read_picture(tmp_path / f"a{extension}").icc == (kept or b"")
 
 
 def test_profile_of_another_colour_space_is_left_out(tmp_path):
@@ -303,6 +307,13 @@ def test_only_the_first_frame(tmp_path, kind):
     assert "first" in picture.notes[0] and np.array_equal(picture.pixels, smooth())
 
 
+def test_only_the_first_page_of_a_16_bit_tiff(tmp_path):
+    pages = np.stack([pixels_of(seed, np.uint16, height=9, width=9) for seed in range(2)])
+    tifffile.imwrite(tmp_path / "a.tif", pages, photometric="rgb")
+    picture = read_picture(tmp_path / "a.tif")
+    assert "first" in picture.notes[0] and np.array_equal(picture.pixels, pages[0])
+
+
 # Bad input
 
 @pytest.mark.parametrize("array, options", [
@@ -371,7 +382,7 @@ def test_missing_file_and_folder(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_fuzz_reads_or_refuses(tmp_path, seed):
+def test_fuzz_reads_or_refuses(tmp_path, seed, caplog, recwarn):
     generator = np.random.default_rng(seed)
     names = [*WHOLE, "exif"]
     name = names[seed % len(names)]
@@ -388,6 +399,7 @@ def test_fuzz_reads_or_refuses(tmp_path, seed):
     else:
         for extension in (".png", ".jpg", ".tif"):
             write_picture(tmp_path / f"b{extension}", picture.pixels, picture)
+    assert not caplog.records and not recwarn.list      # Pillow and tifffile say nothing beside the sentence
 
 
 # Writing

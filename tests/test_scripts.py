@@ -1,0 +1,365 @@
+"""The six scripts in their order, end to end on tiny settings; what each writes; what each refuses; the README's commands."""
+
+import argparse
+import contextlib
+import csv
+import importlib
+import io
+import json
+import re
+import shlex
+import shutil
+import urllib.error
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_random_alexnet
+from PIL import Image
+
+import build_step_labels
+import denoise
+import evaluate
+import train_controller
+import train_gen
+import train_recon
+from rng import checkpoint, crops, ddpm, pipeline
+from rng.controller import STEPS
+from rng.images import read_rgb
+from rng.pipeline import RnG
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32".split()
+CROPS = "--crop 32 --validation 2 --workers 0 --sigma 25".split()
+EVALUATION = "--sigma 15 50 --steps 0 10 --device cpu --precision float32".split()
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self):
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def call(script, *args):
+    """Runs a script's main in process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = script.main([str(arg) for arg in args])
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def tree(folder):
+    """Every file below a folder, with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def picture(path, height=100, width=200, seed=0):
+    """Writes a smooth random picture."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+class Chain(NamedTuple):
+    model: Path
+    pictures: Path
+    backbone: Path
+    results: dict  # script's name -> Result
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The whole order of work, once."""
+    folder = tmp_path_factory.mktemp("chain")
+    model, pictures, backbone = folder / "model", folder / "pictures", write_random_alexnet(folder / "alexnet.npz")
+    for n in range(3):
+        picture(pictures / f"{n}.png", seed=n)
+    here = ["--model", model, "--data", "images", "--root", pictures]
+    lpips = ["--lpips-backbone", backbone]
+    results = {
+        "train_recon": call(train_recon, *here, *TINY, *CROPS, *"--width 4 --enc 1 --middle 1 --dec 1 --lr 1e-3".split()),
+        "train_gen": call(train_gen, *here, *TINY, *CROPS, *lpips, *"--base 4 --blocks 1".split()),
+        "search": call(evaluate, *here, *lpips, *"--sigma 25 --limit 2 --centre-crop 32 --ends 0.3 0.5 --search-schedule"
+                       " --device cpu --precision float32".split()),
+        "labels": call(build_step_labels, *here, *lpips, *"--sigma 25 --patches 3 --size 64 --device cpu".split()),
+        "train_controller": call(train_controller, *here, *TINY, "--c", 2),
+        "evaluate": call(evaluate, *here, *lpips, *EVALUATION, "--limit", 2, "--csv", folder / "table.csv"),
+    }
+    assert {name: result.code for name, result in results.items()} == dict.fromkeys(results, 0), results
+    return Chain(model, pictures, backbone, results)
+
+
+@pytest.fixture
+def model(chain, tmp_path, monkeypatch):
+    """A copy of the chain's model folder, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(chain.model, tmp_path / "model")
+
+
+# What the chain wrote.
+
+def test_the_model_folder(chain):
+    assert {path.name for path in chain.model.iterdir()} == {
+        "recon.pt", "gen.pt", "controller.pt", "schedule.json", "step_labels.jsonl", "last_recon.pt", "last_gen.pt",
+        "last_controller.pt", "train_recon.jsonl", "train_gen.jsonl", "train_controller.jsonl"}
+    loaded = RnG.load(chain.model, "cpu")
+    assert loaded.recon.config["width"] == 4 and loaded.gen.config["base"] == 4 and loaded.controller.config == {"c": 2}
+    assert not any(result.errors for result in chain.results.values())
+
+
+def test_stage_2_validates_with_lpips(chain):
+    last = json.loads((chain.model / "train_gen.jsonl").read_text().splitlines()[-1])
+    assert {"iteration", "images_per_s", "loss", "psnr", "psnr_recon", "lpips", "lpips_recon"} == last.keys()
+
+
+def test_schedule(chain):
+    ends = json.loads((chain.model / "schedule.json").read_text())["end"]
+    assert list(ends) == [str(steps) for steps in range(10, 101, 10)]
+    rows = [[float(cell) for cell in line.split("|")[1:-1]]
+            for line in chain.results["search"].out.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == list(range(10, 101, 10))
+    for steps, *scores in rows:
+        assert scores[[0.3, 0.5].index(ends[str(int(steps))])] == min(scores)
+    loaded = RnG.load(chain.model, "cpu")
+    np.testing.assert_array_equal(loaded.schedule(30).gamma, ddpm.linear_schedule(30, ends["30"]).gamma)
+    np.testing.assert_array_equal(loaded.schedule(25).gamma, ddpm.linear_schedule(25, 10 / 25).gamma)
+
+
+def labels_of(model):
+    return [json.loads(line) for line in (model / "step_labels.jsonl").read_text().splitlines()]
+
+
+def test_labels(chain):
+    labels = labels_of(chain.model)
+    assert len(labels) == 3 and len({label["seed"] for label in labels}) == 3
+    for label in labels:
+        assert {"image", "top", "left", "sigma", "seed", "lpips", "best"} <= label.keys()
+        assert (chain.pictures / f"{label['image']}.png").exists()
+        assert 0 <= label["top"] <= 100 - 64 and 0 <= label["left"] <= 200 - 64 and label["sigma"] == 25
+        assert len(label["lpips"]) == 11 and all(np.isfinite(label["lpips"]))
+        assert label["best"] == 10 * label["lpips"].index(min(label["lpips"]))
+
+
+def test_a_label_can_be_made_again(chain):
+    """From its line and the model alone; here for 0 and 20 steps."""
+    label = labels_of(chain.model)[1]
+    loaded, lpips = RnG.load(chain.model, "cpu"), build_step_labels.metrics.LPIPS(chain.backbone)
+    clean = read_rgb(chain.pictures / f"{label['image']}.png")
+    noisy, clean = crops.labelled_patch(clean, None, label)
+    x, y_r = noisy[None], loaded.reconstruct(noisy[None])
+    piece = np.s_[..., :64, :64]
+
+    def noise(key, index):
+        return build_step_labels.tiling.patch_noise(label["seed"], key, 0, 0)[piece][None]
+
+    for steps in (0, 20):
+        y = (y_r + loaded.generate(x, y_r, [steps], noise)).clamp(0, 1)
+        assert lpips(y, clean[None]).item() == pytest.approx(label["lpips"][STEPS.index(steps)], abs=2e-4)
+
+
+def table(text):
+    """The rows of the Markdown table: lists of cells."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["sigma", "method", "LPIPS", "NIQE", "PSNR", "SSIM", "steps"]
+    return rows[1:]
+
+
+def test_table(chain):
+    result = chain.results["evaluate"]
+    [protocol] = [line for line in result.out.splitlines() if line.startswith("Protocol: ")]
+    assert "2 pictures" in protocol and "not clipped" in protocol and "PSNR on RGB" in protocol
+    rows = table(result.out)
+    methods = ["noisy input", "r alone", "0 steps", "10 steps", "RnG (s chooses)"]
+    assert [row[:2] for row in rows] == [[sigma, name] for sigma in ("15.0", "50.0", "mean") for name in methods]
+    for noisy, r, zero, ten, chosen in (rows[i:i + 5] for i in (0, 5, 10)):
+        assert noisy[-1] == "-" and [row[-1] for row in (r, zero, ten)] == ["0.0", "0.0", "10.0"]
+        assert r[2:] == zero[2:] != ten[2:]
+        assert 0 <= float(chosen[-1]) <= 100
+        assert all(np.isfinite(float(cell)) for row in (noisy, r, ten, chosen) for cell in row[2:6])
+    assert float(rows[0][4]) == pytest.approx(20 * np.log10(255 / 15), abs=0.7)  # a little more, by clipping to 8 bit
+
+    with open(chain.model.parent / "table.csv", newline="") as file:
+        head, *lines = csv.reader(file)
+    assert head == ["sigma", "method", "LPIPS", "NIQE", "PSNR", "SSIM", "steps"] and len(lines) == len(rows)
+    for line, row in zip(lines, rows):
+        assert line[:2] == row[:2]
+        for value, cell in zip(line[2:], row[2:]):
+            assert cell == "-" if value == "nan" else f"{float(value):.{len(cell.partition('.')[2])}f}" == cell
+
+
+def test_mean_row(chain):
+    rows = table(chain.results["evaluate"].out)
+    for low, high, mean in zip(rows[:5], rows[5:10], rows[10:]):
+        assert float(mean[4]) == pytest.approx((float(low[4]) + float(high[4])) / 2, abs=0.011)
+
+
+def test_denoise(chain, tmp_path):
+    picture(tmp_path / "noisy.png", 40, 60)
+
+    def denoised(*options):
+        out = tmp_path / "out.png"
+        result = call(denoise, tmp_path / "noisy.png", out, "--model", chain.model, "--device", "cpu", *options)
+        assert result.code == 0 and not result.errors and Image.open(out).size == (60, 40)
+        return out.read_bytes()
+
+    first = denoised("--steps", 10)
+    assert denoised("--steps", 10) == first
+    assert denoised("--steps", 10, "--seed", 1) != first
+    assert denoised("--steps", 10, "--detail", 0) == denoised("--steps", 0)
+    steps = int(RnG.load(chain.model, "cpu").denoise(read_rgb(tmp_path / "noisy.png"), parts=True).steps[0, 0])
+    assert denoised() == denoised("--steps", "auto") == denoised("--steps", steps)
+
+
+# The label file.
+
+@pytest.fixture
+def label(chain, model, monkeypatch):
+    """label(patches, *options) -> Result of build_step_labels.py on few and small step counts."""
+    monkeypatch.setattr(build_step_labels, "STEPS", (0, 1, 2))
+
+    def label(patches, *options, root=chain.pictures, name="images"):
+        return call(build_step_labels, "--model", model, "--data", name, "--root", root, "--lpips-backbone", chain.backbone,
+                    "--patches", patches, "--size", 64, "--device", "cpu", "--precision", "float32", *options)
+
+    (model / "step_labels.jsonl").unlink()
+    return label
+
+
+def test_labels_go_on_after_a_torn_line(label, model):
+    path = model / "step_labels.jsonl"
+    assert label(5).code == 0
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.unlink()
+    assert label(2).code == 0
+    assert path.read_bytes() == b"".join(lines[:2])  # a patch is a function of its number
+    with open(path, "ab") as file:
+        file.write(lines[2][:-20])
+    result = label(5)
+    assert result.code == 0 and path.read_bytes() == whole
+    assert "patch 3/5" in result.err and "patch 2/5" not in result.err
+    assert label(5).code == 0 and label(3).code == 0 and path.read_bytes() == whole
+
+
+def test_ties_go_to_the_smaller_step(label, model, monkeypatch):
+    monkeypatch.setattr(build_step_labels, "lpips_of_each_step", lambda *arguments: [0.2, 0.1, 0.1])
+    assert label(1).code == 0
+    assert labels_of(model)[0]["best"] == 1
+
+
+@pytest.mark.parametrize("noise", ["--sigma 0-55 --clip-noisy 0.5", "--camera 1", "pairs", "two sets with the same names"])
+def test_the_controller_sees_the_patches_that_were_labelled(noise, label, model, chain, tmp_path, monkeypatch):
+    seen = []
+
+    def remember(model, lpips, noisy, clean, seed):
+        seen.append(noisy)
+        return [0.0] * 11
+
+    monkeypatch.setattr(build_step_labels, "lpips_of_each_step", remember)
+    data, roots, options = ["images"], [chain.pictures], []
+    if noise == "pairs":
+        for n in range(3):
+            picture(tmp_path / "pairs" / "noisy" / f"{n}.png", seed=n)
+            picture(tmp_path / "pairs" / "clean" / f"{n}.png", seed=10 + n)
+        data, roots = ["pairs"], [tmp_path / "pairs"]
+    elif noise.startswith("two"):
+        for n in range(3):
+            picture(tmp_path / "others" / f"{n}.png", seed=10 + n)
+        data, roots = ["images", "images"], [chain.pictures, tmp_path / "others"]
+    else:
+        options = noise.split()
+    result = call(build_step_labels, "--model", model, "--data", *data, "--root", *roots, "--lpips-backbone", chain.backbone,
+                  "--patches", 6, "--size", 64, "--device", "cpu", *options)
+    assert result.code == 0, result.err
+    args = argparse.Namespace(model=model, data=data, root=[str(root) for root in roots])
+    patches, scores = train_controller.labelled_patches(args)
+    assert torch.equal(patches, torch.stack(seen).half()) and scores.shape == (6, 11)
+
+
+def test_a_torn_line_is_no_reason_to_label_again(model, chain):
+    """It is dropped, as build_step_labels.py does; the whole labels are hours of work."""
+    path = model / "step_labels.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    (model / "last_controller.pt").unlink()
+    result = call(train_controller, "--model", model, "--data", "images", "--root", chain.pictures, *TINY, "--c", 2)
+    assert result.code == 0 or "remove" not in result.errors[0]
+
+
+# Evaluation's options.
+
+def score(chain, model, *options, backbone=True, data="images", root=None):
+    lpips = ["--lpips-backbone", chain.backbone] if backbone else []
+    return call(evaluate, "--model", model, "--data", data, "--root", root or chain.pictures, *lpips,
+                "--device", "cpu", "--limit", 1, "--steps", *options)
+
+
+def test_without_lpips_the_other_metrics_show(chain, model, monkeypatch):
+    def offline(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.delenv("RNG_ALEXNET", raising=False)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    (model / "controller.pt").unlink()
+    result = score(chain, model, "--sigma", 25, backbone=False)
+    assert result.code == 0 and not result.errors
+    assert "--lpips-backbone" in result.err  # says how to get it
+    for row in table(result.out):
+        assert row[2] == "-" and all(np.isfinite(float(cell)) for cell in row[3:6])
+    assert Path("evaluation.csv").exists()
+
+    before = tree(Path())
+    for script, options in ((build_step_labels, ["--size", 64]), (evaluate, ["--search-schedule"])):
+        result = call(script, "--model", model, "--data", "images", "--root", chain.pictures, "--device", "cpu", *options)
+        assert result.code == 2 and len(result.errors) == 1 and "--lpips-backbone" in result.errors[0]
+    assert tree(Path()) == before
+
+
+def test_clip_noisy_rounds_the_input_to_8_bit(chain, model, monkeypatch):
+    inputs = []
+
+    def remember(self, image, steps, *args, **options):
+        inputs.append(image)
+        return pipeline.Parts(image, image, image, np.zeros((1, 1), int))
+
+    monkeypatch.setattr(RnG, "denoise", remember)
+    (model / "controller.pt").unlink()
+    tables = []
+    for options in (["--clip-noisy"], []):
+        result = score(chain, model, "--sigma", 50, *options)
+        assert result.code == 0 and ("clipped and 8-bit" in result.out) == bool(options)
+        tables.append(table(result.out))
+    clean = read_rgb(chain.pictures / "0.png")
+    noisy = clean / 255 + np.random.RandomState(0).normal(0, 50 / 255, clean.shape)
+    np.testing.assert_array_equal(inputs[0], (noisy.clip(0, 1) * 255).round().astype(np.uint8))
+    np.testing.assert_allclose(inputs[1], noisy, atol=1e-6)
+    assert inputs[1].dtype == np.float32 and inputs[1].min() < 0
+    assert tables[0] == tables[1]  # the output is rounded in any case
+
+
+def test_metric_patches(chain, model, tmp_path):
+    picture(tmp_path / "large" / "0.png", 256, 560)
+    (model / "controller.pt").unlink()
+    whole, patches, first, second = (
+        score(chain, model, "--sigma", 25, *options, root=tmp_path / root) for root, options in (
+            ("large", []), ("large", ["--metric-patches"]), ("first", ["--metric-patches"]), ("second", []))
+        if prepare(tmp_path, root))
+    assert "256 x 256 patches" in patches.out and "256 x 256 patches" not in whole.out
+    noisy = [table(result.out)[0] for result in (whole, patches, first, second)]
+    assert noisy[0] != noisy[1]
+    assert noisy[2][2:] == noisy[3][2:]  # one patch is the picture itself
+    result = score(chain, model, "--sigma", 25, "--metric-patches")
+    assert result.code == 2 and "--metric-patches" in result.errors[0]
+
+
+def prepare(tmp_path, root):
+    if root in ("first", "second"):
+        (tmp_path / root).mkdir()
+        Image.open(tmp_path / "large" / "0.png").crop((0, 0, 256, 256)).save(tmp_path / root / "0.png")
+    return True
