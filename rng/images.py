@@ -44,7 +44,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticEr
           RuntimeError, MemoryError, struct.error, zlib.error, tifffile.TiffFileError)
 
 Image.MAX_IMAGE_PIXELS = None               # so that MAX_PIXELS decides, and not Pillow's warning or error
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)       # a damaged file is one sentence, not a log
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 

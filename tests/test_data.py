@@ -116,7 +116,8 @@ def test_sidd_blocks_under_another_name(tmp_path):
 
 
 @pytest.mark.parametrize("blocks", [
-    3.0, picture(0), np.zeros((1, 3, 16, 16, 3), np.uint8), np.zeros((2, 3, 16, 16, 3))], ids=np.shape)
+    3.0, picture(0), np.zeros((1, 3, 16, 16, 3), np.uint8), np.zeros((2, 3, 16, 16, 3))],
+    ids=["a number", "one picture", "fewer scenes", "floats"])
 def test_sidd_blocks_of_another_shape_or_type(tmp_path, blocks):
     save_blocks(tmp_path, (2, 3, 16, 16, 3))
     scipy.io.savemat(tmp_path / f"{BLOCKS[1]}.mat", {BLOCKS[1]: blocks})

@@ -177,7 +177,8 @@ def test_table(chain):
     assert "2 pictures" in protocol and "not clipped" in protocol and "PSNR on RGB" in protocol
     rows = table(result.out)
     methods = ["noisy input", "r alone", "0 steps", "10 steps", "RnG (s chooses)"]
-    assert [row[:2] for row in rows] == [[sigma, name] for sigma in ("15.0", "50.0", "mean") for name in methods]
+    assert [row[1] for row in rows] == 3 * methods
+    assert [row[0] for row in rows[::5]] in (["15.0", "50.0", "mean"], ["15", "50", "mean"])
     for noisy, r, zero, ten, chosen in (rows[i:i + 5] for i in (0, 5, 10)):
         assert noisy[-1] == "-" and [row[-1] for row in (r, zero, ten)] == ["0.0", "0.0", "10.0"]
         assert r[2:] == zero[2:] != ten[2:]
@@ -343,23 +344,259 @@ def test_clip_noisy_rounds_the_input_to_8_bit(chain, model, monkeypatch):
     assert tables[0] == tables[1]  # the output is rounded in any case
 
 
+def psnr(noisy, clean):
+    return -10 * np.log10((((noisy.astype(float) - clean) / 255) ** 2).mean())
+
+
 def test_metric_patches(chain, model, tmp_path):
     picture(tmp_path / "large" / "0.png", 256, 560)
     (model / "controller.pt").unlink()
-    whole, patches, first, second = (
-        score(chain, model, "--sigma", 25, *options, root=tmp_path / root) for root, options in (
-            ("large", []), ("large", ["--metric-patches"]), ("first", ["--metric-patches"]), ("second", []))
-        if prepare(tmp_path, root))
-    assert "256 x 256 patches" in patches.out and "256 x 256 patches" not in whole.out
-    noisy = [table(result.out)[0] for result in (whole, patches, first, second)]
-    assert noisy[0] != noisy[1]
-    assert noisy[2][2:] == noisy[3][2:]  # one patch is the picture itself
-    result = score(chain, model, "--sigma", 25, "--metric-patches")
-    assert result.code == 2 and "--metric-patches" in result.errors[0]
+    result = score(chain, model, "--sigma", 25, "--metric-patches", root=tmp_path / "large")
+    assert result.code == 0 and "256 x 256 patches" in result.out
+    clean = read_rgb(tmp_path / "large" / "0.png")
+    noisy = clean / 255 + np.random.RandomState(0).normal(0, 25 / 255, clean.shape)
+    noisy = (noisy.clip(0, 1) * 255).round()
+    expected = np.mean([psnr(noisy[:, here], clean[:, here]) for here in (np.s_[:256], np.s_[256:512])])
+    assert table(result.out)[0][4] == f"{expected:.2f}"
+    assert len(score(chain, model, "--sigma", 25, "--metric-patches").errors) == 1  # 100 x 200 is too small
 
 
-def prepare(tmp_path, root):
-    if root in ("first", "second"):
-        (tmp_path / root).mkdir()
-        Image.open(tmp_path / "large" / "0.png").crop((0, 0, 256, 256)).save(tmp_path / root / "0.png")
-    return True
+def test_pairs_have_their_own_noise(chain, model, tmp_path):
+    picture(tmp_path / "pairs" / "noisy" / "a.png", seed=1)
+    picture(tmp_path / "pairs" / "clean" / "a.png", seed=2)
+    (model / "controller.pt").unlink()
+    result = score(chain, model, "--centre-crop", 64, data="pairs", root=tmp_path / "pairs")
+    assert result.code == 0 and "real noise" in result.out and "centre 64 x 64" in result.out
+    rows = table(result.out)
+    assert [row[:2] for row in rows] == [["-", "noisy input"], ["-", "r alone"]]
+    assert all(row[3] == "-" for row in rows)  # too small for NIQE
+    noisy, clean = (read_rgb(tmp_path / "pairs" / side / "a.png")[18:82, 68:132] for side in ("noisy", "clean"))
+    assert rows[0][4] == f"{psnr(noisy, clean):.2f}"
+
+
+# Bad input: one sentence, exit code 2, nothing written.
+
+ALL = {"train_recon": train_recon, "train_gen": train_gen, "evaluate": evaluate, "build_step_labels": build_step_labels,
+       "train_controller": train_controller, "denoise": denoise}
+
+
+def refused(chain, script, *options, model="model"):
+    """Calls a script that must refuse -> its sentence."""
+    options = [str(option) for option in options]
+    args = ["--model", model, "--device", "cpu", *options]
+    if script == "denoise":
+        picture(Path("noisy.png"), 20, 20)
+        args = ["noisy.png", "out.png", *args]
+    elif "--data" not in options:
+        args += ["--data", "images", "--root", chain.pictures]
+    if script.startswith("train"):
+        args += ["--batch", 2, "--iterations", 4, *(["--c", 2] if script == "train_controller" else CROPS)]
+    if script == "train_recon":
+        args += "--width 4 --enc 1 --middle 1 --dec 1".split()
+    if script == "train_gen":
+        args += "--base 4 --blocks 1".split()
+    if script in ("train_gen", "evaluate", "build_step_labels"):
+        args += ["--lpips-backbone", chain.backbone]
+    before = tree(Path())
+    result = call(ALL[script], *args)
+    assert result.code == 2, result.err
+    assert len(result.errors) == 1 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1] == result.errors[0]
+    assert tree(Path()) == before
+    return result.errors[0]
+
+
+@pytest.mark.parametrize("script", ["train_gen", "evaluate", "build_step_labels", "train_controller", "denoise"])
+def test_a_missing_model_folder(script, chain, model):
+    assert "nowhere" in refused(chain, script, model="nowhere")
+
+
+@pytest.mark.parametrize("script", ["train_gen", "evaluate", "build_step_labels", "denoise"])
+def test_a_model_without_r(script, chain, model):
+    for path in model.glob("*.pt"):
+        path.unlink()
+    assert "recon.pt" in refused(chain, script)
+
+
+@pytest.mark.parametrize("script, option", [
+    ("build_step_labels", []), ("evaluate", ["--search-schedule"]), ("denoise", ["--steps", "10"])])
+def test_a_model_without_g(script, option, chain, model):
+    (model / "gen.pt").unlink()
+    refused(chain, script, *option)
+
+
+def test_a_model_without_s(chain, model):
+    (model / "controller.pt").unlink()
+    assert "--steps" in refused(chain, "denoise")
+
+
+@pytest.mark.parametrize("script", ["train_recon", "train_gen", "evaluate", "build_step_labels", "train_controller"])
+@pytest.mark.parametrize("data, layout", [
+    ("images", "folder"), ("pairs", "noisy"), ("div2k", "DIV2K"), ("sidd", "https://www.eecs.yorku.ca/~kamel/sidd")])
+def test_a_missing_data_folder(data, layout, script, chain, model):
+    for path in model.glob("last_*"):
+        path.unlink()
+    message = refused(chain, script, "--data", data, "--root", "nodata")
+    assert "nodata" in message and layout in message
+
+
+WEIGHT_FILES = [("evaluate", "recon"), ("evaluate", "gen"), ("evaluate", "controller"), ("train_gen", "recon"),
+                ("build_step_labels", "gen"), ("denoise", "controller"), ("train_recon", "last_recon"),
+                ("train_gen", "last_gen"), ("train_controller", "last_controller")]
+
+
+def truncated(path):
+    return path.read_bytes()[:-1000]
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3:2 * len(content) // 3] = bytes(len(content) // 3)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("script, name", WEIGHT_FILES)
+@pytest.mark.parametrize("damage", [truncated, flipped, lambda path: b"", lambda path: b"hello\n", lambda path: bytes(500),
+                                    lambda path: np.random.default_rng(0).bytes(3000)])
+def test_a_damaged_weight_file(damage, script, name, chain, model):
+    path = model / f"{name}.pt"
+    path.write_bytes(damage(path))
+    assert f"{name}.pt" in refused(chain, script)
+
+
+@pytest.mark.parametrize("script, name", WEIGHT_FILES)
+def test_a_weight_file_of_another_kind(script, name, chain, model):
+    other = "gen" if name == "recon" else "recon"
+    shutil.copy(model / f"{other}.pt", model / f"{name}.pt")
+    assert f"{name}.pt" in refused(chain, script)
+
+
+def test_a_weight_file_whose_parts_do_not_fit(chain, model):
+    content = checkpoint.load_weights(model / "gen.pt", "gen")
+    content["config"]["unet"]["base"] = 8
+    torch.save(content, model / "gen.pt")
+    assert "gen.pt" in refused(chain, "evaluate")
+    torch.save({"params": {"conv.weight": torch.zeros(1)}}, model / "recon.pt")
+    assert "recon.pt" in refused(chain, "evaluate")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}',
+                                     '{"end": {"10": 2}}', '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}'])
+def test_a_malformed_schedule(content, chain, model):
+    (model / "schedule.json").write_text(content)
+    assert "schedule.json" in refused(chain, "evaluate")
+
+
+@pytest.mark.parametrize("line", ["hello", "{", "3", "[]", "{}", '{"lpips": [1, 2]}', '{"lpips": 3}', "no image", "no seed",
+                                  "10 values", "text", "no such picture"])
+def test_malformed_labels(line, chain, model):
+    path = model / "step_labels.jsonl"
+    lines = path.read_text().splitlines()
+    label = json.loads(lines[1])
+    changes = {"no image": lambda: label.pop("image"), "no seed": lambda: label.pop("seed"),
+               "10 values": lambda: label["lpips"].pop(), "text": lambda: label.update(lpips=["a"] * 11),
+               "no such picture": lambda: label.update(image="nobody")}
+    if line in changes:
+        changes[line]()
+        line = json.dumps(label)
+    path.write_text("\n".join([lines[0], line, lines[2]]) + "\n")
+    (model / "last_controller.pt").unlink()
+    assert "step_labels.jsonl" in refused(chain, "train_controller")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_labels(count, chain, model):
+    path = model / "step_labels.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+    (model / "last_controller.pt").unlink()
+    assert "build_step_labels.py" in refused(chain, "train_controller")
+
+
+@pytest.mark.parametrize("size", [-1, 0, 63, 257])
+def test_label_patches_out_of_range(size, chain, model):
+    assert "--size" in refused(chain, "build_step_labels", "--size", size)
+
+
+@pytest.mark.parametrize("place", ["nowhere/table.csv", "model"])
+def test_a_table_that_cannot_be_written(place, chain, model):
+    (model / "controller.pt").unlink()
+    assert place in refused(chain, "evaluate", "--csv", place, "--limit", 1, "--sigma", 25, "--steps")
+
+
+@pytest.mark.parametrize("script, options", [
+    ("train_recon", "--batch 0"), ("train_recon", "--iterations -1"), ("train_recon", "--crop 0"),
+    ("train_recon", "--save-every 0"), ("train_recon", "--validation 0"), ("train_recon", "--seed -1"),
+    ("train_recon", "--workers -1"), ("train_recon", "--weight 0"), ("train_recon", "--weight 1 1"), ("train_recon", "--width 0"),
+    ("train_recon", "--init nowhere.pt"), ("train_recon", "--init noisy.png"), ("train_gen", "--crop 16"),
+    ("train_gen", "--residual-scale 0"), ("train_controller", "--holdout 1"), ("train_controller", "--holdout -1"),
+    ("train_controller", "--c 0"), ("build_step_labels", "--seed -1"), ("evaluate", "--limit -1"), ("evaluate", "--sigma -5"),
+    ("evaluate", "--steps -1"), ("evaluate", "--centre-crop 0"), ("evaluate", "--centre-crop 5"), ("evaluate", "--seed -1"),
+    ("evaluate", "--search-schedule --ends 1"), ("evaluate", "--search-schedule --centre-crop 8"), ("evaluate", "--device nowhere"),
+    ("evaluate", "--lpips-backbone noisy.png"),
+])
+def test_options_out_of_range(script, options, chain, model):
+    for path in model.glob("last_*"):
+        path.unlink()
+    picture(Path("noisy.png"), 20, 20)
+    assert options.split()[-2 if options[-1].isdecimal() else -1].lstrip("-") in refused(chain, script, *options.split())
+
+
+# The README and the scripts' own examples.
+
+class Parsed(Exception):
+    """Raised in place of everything that a script does after its options are read."""
+
+
+def commands():
+    """Every `python SCRIPT ...` of the README and of the scripts' docstrings."""
+    text = README.read_text() if README.exists() else ""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`(python \w+\.py [^`]*)`", text)
+    for script in ALL.values():
+        lines += [re.sub(r"\s{2,}\(.*\)$", "", line) for line in script.__doc__.splitlines()]
+    parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
+    return [part for part in parts if re.match(r"python \w+\.py\b", part)]
+
+
+@pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
+def test_the_readme_has_commands_for_every_script():
+    assert {command.split()[1] for command in commands()} == {f"{name}.py" for name in ALL}
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_documented_commands_parse(command, monkeypatch):
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, *args, **options):
+        real(parser, *args, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    _, script, *args = shlex.split(command, comments=True)
+    main = importlib.import_module(script.removesuffix(".py")).main
+    with pytest.raises(Parsed):
+        main(args)
+    with pytest.raises(SystemExit):
+        main([*args, "--no-such-option"])
+
+
+def paper_to_code():
+    """Rows (file, names) of the README's table."""
+    section = re.search(r"^#+ Paper to code\n(.*?)(?=^#+ |\Z)", README.read_text(), re.DOTALL | re.MULTILINE)[1]
+    rows = [line.split("|") for line in section.splitlines() if re.match(r"\|.*`[\w/]+\.py`", line)]
+    return [(re.search(r"`(.*?)`", row[2])[1], re.findall(r"`(.*?)`", row[3])) for row in rows]
+
+
+@pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
+def test_every_name_in_the_map_exists():
+    rows = paper_to_code()
+    assert len(rows) >= 10
+    for file, names in rows:
+        assert (ROOT / file).is_file() and names
+        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        for name in names:
+            thing = module
+            for part in name.split("."):
+                thing = getattr(thing, part)
+            if callable(thing):
+                assert thing.__module__ == module.__name__, f"{name} is not defined in {file}"
