@@ -166,6 +166,8 @@ def test_pairs_name_the_odd_file(tmp_path, side):
         save(tmp_path / "clean" / name, picture(1))
     save(tmp_path / side / "b.png", picture(2))
     assert "b.png" in refusal(data.items, "pairs", tmp_path)
+    save(tmp_path / ({"noisy", "clean"} - {side}).pop() / "d.png", picture(2))   # as many, but not the same
+    assert "b.png" in refusal(data.items, "pairs", tmp_path)
 
 
 def test_images_takes_pictures_only_and_in_order(tmp_path):

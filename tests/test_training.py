@@ -172,10 +172,10 @@ def test_a_signal_between_two_saves_saves_and_free_options_may_change(train, at_
 
 
 def test_workers_do_not_change_the_result(train, tmp_path):
-    for name, workers in (("alone", "0"), ("one", "1"), ("three", "3")):
-        assert train("recon", name, "--workers", workers, "--batch", "4", "--iterations", "3") == 0
-    for name in ("one", "three"):
-        assert same(load(tmp_path / "alone" / "last_recon.pt"), load(tmp_path / name / "last_recon.pt"))
+    for name, workers in (("none", "0"), ("one", "1"), ("two", "2")):
+        assert train("recon", name, "--workers", workers, "--batch", "3", "--iterations", "2") == 0
+    for name in ("one", "two"):
+        assert same(load(tmp_path / "none" / "last_recon.pt"), load(tmp_path / name / "last_recon.pt"))
 
 
 def test_the_same_command_after_the_end_changes_nothing(train, tmp_path):
@@ -208,12 +208,10 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(pictures, tmp_path):
                *COMMON, *OPTIONS["recon"], "--iterations", "1000000", "--save-every", "1000000", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        for _ in range(300):  # until the first line of progress
-            if (tmp_path / "train_recon.jsonl").exists() or process.poll() is not None:
-                break
-            time.sleep(0.1)
+        while not (tmp_path / "train_recon.jsonl").exists() and process.poll() is None:  # its first line of progress
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
