@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from rng import data, ddpm, noise
+from rng.errors import InputError
 
 CACHE_BYTES = 2 ** 30   # a set that fits is decoded once and kept, in each worker
 GROUP, REUSE = 16, 64   # one that does not: 16 pictures at a time, each cut for 64 iterations
@@ -151,8 +152,11 @@ def _decoded_bytes(items):
     for item in items:
         for source in (item.clean, item.noisy):
             if isinstance(source, Path):
-                with Image.open(source) as picture:
-                    total += 3 * picture.width * picture.height
+                try:
+                    with Image.open(source) as picture:
+                        total += 3 * picture.width * picture.height
+                except OSError as error:
+                    raise InputError(f"cannot read {source}: it is damaged; remove or replace it") from error
     return total
 
 

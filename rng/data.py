@@ -61,10 +61,12 @@ def _sidd_test(root):
             raise _missing(path, "ValidationNoisyBlocksSrgb.mat and ValidationGtBlocksSrgb.mat",
                            "validation data from https://www.eecs.yorku.ca/~kamel/sidd/")
         try:
-            blocks.append(scipy.io.loadmat(path)[name])  # (40, 32, 256, 256, 3) uint8
-        except (ValueError, KeyError, OSError, TypeError) as error:
+            blocks.append(scipy.io.loadmat(path)[name])
+        except Exception as error:  # a damaged file fails in many ways
             raise InputError(f"{path} is damaged or has no variable {name}; fetch it again") from error
-    clean, noisy = blocks
+        if blocks[-1].dtype != np.uint8 or blocks[-1].ndim != 5 or blocks[-1].shape != blocks[0].shape:
+            raise InputError(f"{path}: {name} should be uint8 (scenes, blocks, 256, 256, 3) in both files; fetch it again")
+    clean, noisy = blocks  # (40, 32, 256, 256, 3) uint8
     return [Item(f"{scene:02d}_{block:02d}", clean[scene, block], noisy[scene, block])
             for scene in range(clean.shape[0]) for block in range(clean.shape[1])]
 
@@ -87,11 +89,11 @@ def _pairs(root):
     if noisy.keys() != clean.keys():
         odd = sorted(noisy.keys() ^ clean.keys())[0]
         raise InputError(f"{root}: {odd} is in only one of noisy/ and clean/; the two must hold the same file names")
-    return [Item(path.stem, clean[name], path) for name, path in noisy.items()]
+    return [Item(name, clean[name], path) for name, path in noisy.items()]
 
 
 def _images(root):
-    items = [Item(path.stem, path) for path in _pictures(root)]
+    items = [Item(path.name, path) for path in _pictures(root)]
     if not items:
         raise _missing(root, "a folder of clean PNG, JPEG, TIFF or WebP pictures", "your own pictures")
     return items
@@ -118,14 +120,21 @@ def items(name, root=None, split="test"):
 
 def sigma_range(text):
     """"25" -> (25.0, 25.0); "0-55" -> (0.0, 55.0)."""
-    low, _, high = text.partition("-")
+    low, dash, high = text.partition("-")
     try:
-        low, high = float(low), float(high or low)
+        low, high = float(low), float(high if dash else low)
     except ValueError:
         low, high = 1, 0
     if not 0 <= low <= high <= 255:
         raise argparse.ArgumentTypeError(f"{text} is not a number or a range such as 0-55, between 0 and 255")
     return low, high
+
+
+def probability(text):
+    """"0.5" -> 0.5."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a probability, between 0 and 1")
+    return float(text)
 
 
 def add_arguments(parser):
@@ -136,8 +145,8 @@ def add_arguments(parser):
     add("--weight", nargs="+", type=float, help="share of each data set (default: equal)")
     add("--sigma", nargs="+", type=sigma_range, default=[(20.0, 20.0), (35.0, 35.0), (50.0, 50.0)], metavar="S",
         help="std of the Gaussian noise, 0-255 scale: values, or ranges such as 0-55 (default: 20 35 50)")
-    add("--camera", type=float, default=0.0, help="probability of camera noise in place of Gaussian")
-    add("--clip-noisy", type=float, default=0.0, help="probability that a noisy crop is clipped and rounded to 8 bit")
+    add("--camera", type=probability, default=0.0, help="probability of camera noise in place of Gaussian")
+    add("--clip-noisy", type=probability, default=0.0, help="probability that a noisy crop is clipped and rounded to 8 bit")
 
 
 def training_items(args, validation):
@@ -149,6 +158,8 @@ def training_items(args, validation):
         values = getattr(args, option, None)
         if values and len(values) != len(args.data):
             raise InputError(f"--{option} needs one value for each data set named with --data")
+    if not all(0 < weight < np.inf for weight in getattr(args, "weight", None) or []):
+        raise InputError("--weight needs positive numbers")
     each = -(-validation // len(args.data))
     splits = [_train_and_validation(name, root, each)
               for name, root in zip(args.data, args.root or [None] * len(args.data))]
