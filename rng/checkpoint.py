@@ -1,7 +1,6 @@
 """Weight files: {"kind", "config", "state_dict", "info"}, tensors and plain types only, written atomically."""
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -26,10 +25,10 @@ def save_atomic(path, content):
 def load(path):
     """torch.load with weights_only=True (no code in the file can run); raises InputError with one sentence."""
     if not Path(path).is_file():
-        raise InputError(f"{path} does not exist; train it first (README, Training) or name another file or folder")
+        raise InputError(f"{path} does not exist; train it first (README, Train) or name another file or folder")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"{path} is damaged or not a weight file of this project; fetch or train it again") from error
 
 
@@ -43,46 +42,51 @@ def save_weights(path, kind, config, network, info):
 def load_weights(path, kind):
     """Reads a weight file; a wrong kind or a damaged file raises InputError. Returns the dictionary."""
     content = load(path)
-    if not isinstance(content, dict) or not {"kind", "config", "state_dict", "info"} <= content.keys():
+    fields = ("config", "state_dict", "info")
+    if not isinstance(content, dict) or not all(isinstance(content.get(field), dict) for field in fields):
         raise InputError(f"{path} is not a weight file of this project; fetch or train it again")
-    if content["kind"] != kind:
-        raise InputError(f"{path} holds a network of kind {content['kind']!r}, not {kind!r}; name another file")
+    if content.get("kind") != kind:
+        raise InputError(f"{path} holds a network of kind {content.get('kind')!r}, not {kind!r}; name another file")
     return content
 
 
-def _filled(network, state_dict, path):
+def _rebuild(path, make, config, state_dict):
+    """make(**config) with its parameters from state_dict, in eval mode."""
     try:
+        network = make(**config)
         network.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise InputError(f"{path} does not hold the parameters it should; fetch or train it again") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not hold the network it should; fetch or train it again") from error
     return network.eval()
 
 
 def load_recon(path):
     """r from recon.pt, or from an official NAFNet checkpoint {"params": state_dict}, with or without `module.`."""
     content = load(path)
-    if isinstance(content, dict) and "params" in content:
+    if isinstance(content, dict) and isinstance(content.get("params"), dict):
         state_dict = {name.removeprefix("module."): tensor for name, tensor in content["params"].items()}
         try:
             config = config_from_state_dict(state_dict)
-        except KeyError as error:
-            raise InputError(f"{path} has no NAFNet in it (no intro.weight); name a NAFNet checkpoint") from error
-        return _filled(NAFNet(**config), state_dict, path)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path} has no NAFNet in it; name a NAFNet checkpoint") from error
+        return _rebuild(path, NAFNet, config, state_dict)
     content = load_weights(path, "recon")
-    config = dict(content["config"])
-    network = NAFNet if config.pop("arch") == "nafnet" else UNet
-    return _filled(network(**config), content["state_dict"], path)
+    config = {key: value for key, value in content["config"].items() if key != "arch"}
+    make = UNet if content["config"].get("arch") == "unet" else NAFNet
+    return _rebuild(path, make, config, content["state_dict"])
 
 
 def load_gen(path):
     """g from gen.pt -> (UNet, settings), settings = {"condition", "target", "residual_scale"} (see train_gen.py)."""
     content = load_weights(path, "gen")
-    config = {key: value for key, value in content["config"]["unet"].items() if key != "arch"}
-    settings = {key: value for key, value in content["config"].items() if key != "unet"}
-    return _filled(UNet(**config), content["state_dict"], path), settings
+    settings = dict(content["config"])
+    config = {key: value for key, value in settings.pop("unet", {}).items() if key != "arch"}
+    if settings.keys() != {"condition", "target", "residual_scale"}:
+        raise InputError(f"{path} does not hold the network it should; fetch or train it again")
+    return _rebuild(path, UNet, config, content["state_dict"]), settings
 
 
 def load_controller(path):
     """s from controller.pt."""
     content = load_weights(path, "controller")
-    return _filled(StepController(**content["config"]), content["state_dict"], path)
+    return _rebuild(path, StepController, content["config"], content["state_dict"])
