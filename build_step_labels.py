@@ -18,7 +18,7 @@ import torch
 
 from rng import crops, data, metrics, tiling
 from rng.controller import STEPS
-from rng.errors import InputError, script
+from rng.errors import InputError, number, script
 from rng.pipeline import RnG
 
 
@@ -27,9 +27,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("runs/rng"), help="model folder (default: runs/rng)")
     data.add_arguments(parser)
-    parser.add_argument("--patches", type=int, default=20000, help="how many patches (default: 20000)")
+    parser.add_argument("--patches", type=number(int, 1), default=20000, help="how many patches (default: 20000)")
     parser.add_argument("--size", type=int, default=256, help="side of a patch, 64 to 256 pixels (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="of patches and noise (default: 0)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of patches and noise (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--lpips-backbone", help="file with AlexNet's convolutions (default: fetched once)")
@@ -48,12 +48,12 @@ def main(argv=None):
     started = time.time()
     for n in range(done, args.patches):
         generator = np.random.default_rng([args.seed, crops.LABELS, n])
-        some = sets[generator.choice(len(sets), p=weights / weights.sum())]
-        item = some[generator.integers(len(some))]
+        chosen = int(generator.choice(len(sets), p=weights / weights.sum()))
+        item = sets[chosen][generator.integers(len(sets[chosen]))]
         clean, noisy = item.read()
         top, left = crops.random_place(clean, args.size, generator)
         sigma, clip = mix.draw(generator) if noisy is None else (None, False)
-        label = {"image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma, "clip": clip,
+        label = {"set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma, "clip": clip,
                  "seed": int(generator.integers(2 ** 32))}
         label["lpips"] = lpips_of_each_step(model, lpips, *crops.labelled_patch(clean, noisy, label), label["seed"])
         label["best"] = STEPS[int(np.argmin(label["lpips"]))]  # ties go to the smaller step

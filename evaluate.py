@@ -17,7 +17,7 @@ import torch
 
 from rng import crops, data, metrics, tiling
 from rng.controller import STEPS
-from rng.errors import InputError, script
+from rng.errors import InputError, number, script
 from rng.pipeline import PEAK, RnG, find_folder, to_pixels
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
@@ -32,17 +32,17 @@ def main(argv=None):
     parser.add_argument("--data", choices=data.NAMES, default="sample", help="data set")
     parser.add_argument("--root", help="its folder; datasets/NAME where not given")
     parser.add_argument("--split", choices=["test", "train"], default="test", help="which part of sidd and div2k")
-    parser.add_argument("--limit", type=int, help="use only so many pictures, spread evenly over the set")
-    parser.add_argument("--centre-crop", type=int, help="use only the centre of each picture, so many pixels a side")
-    parser.add_argument("--sigma", type=float, nargs="+",
+    parser.add_argument("--limit", type=number(int, 1), help="use only so many pictures, spread evenly over the set")
+    parser.add_argument("--centre-crop", type=number(int, 1), help="use only the centre of each picture, so many pixels a side")
+    parser.add_argument("--sigma", type=number(float, 0, 255), nargs="+",
                         help="std of the Gaussian noise, 0-255 scale; 20 35 50 for div2k, else 15 25 50")
     parser.add_argument("--clip-noisy", action="store_true", help="clip the noisy input and round it to 8 bit")
     parser.add_argument("--metric-patches", action="store_true",
                         help="score 256 x 256 patches, as the paper, not whole images")
-    parser.add_argument("--steps", type=int, nargs="*", default=[20, 100],
+    parser.add_argument("--steps", type=number(int, 0, 2000), nargs="*", default=[20, 100],
                         help="fixed step counts to score beside r and RnG")
-    parser.add_argument("--detail", type=float, default=1.0, help="scale of the generated detail, 0 to 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated detail")
+    parser.add_argument("--detail", type=number(float, 0, 2), default=1.0, help="scale of the generated detail, 0 to 1")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the generated detail")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="auto: bfloat16 where it pays")
@@ -51,7 +51,7 @@ def main(argv=None):
     parser.add_argument("--search-schedule", action="store_true",
                         help="find the end point of 1 - alpha for each step count by LPIPS, write MODEL/schedule.json; "
                              "on patches of --centre-crop, never on the pictures you test on")
-    parser.add_argument("--ends", type=float, nargs="+", default=ENDS, help="end points to search")
+    parser.add_argument("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
     args = parser.parse_args(argv)
 
     model = RnG.load(args.model, args.device, args.precision)
@@ -108,7 +108,8 @@ def score(args, model, some):
     for sigma in args.sigma:
         results = {name: [] for name in methods}
         for n, item in enumerate(some):
-            print(f"\rsigma {sigma}: picture {n + 1}/{len(some)}", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\rsigma {sigma}: picture {n + 1}/{len(some)} \r", end="", file=sys.stderr, flush=True)
             clean, noisy = inputs(args, item, sigma)
             for name, steps in methods.items():
                 if steps is None:
@@ -118,7 +119,6 @@ def score(args, model, some):
                     image, taken = eight_bit(parts.image), parts.steps.mean()
                 results[name].append([*measure(args, lpips, image, clean), taken])
         rows += [(sigma, name, *np.mean(values, axis=0)) for name, values in results.items()]
-    print(file=sys.stderr)
     if len(args.sigma) > 1:
         rows += [("mean", name, *np.mean([row[2:] for row in rows if row[1] == name], axis=0)) for name in methods]
     print(protocol(args, some), end="\n\n")
@@ -154,6 +154,8 @@ def search_schedule(args, model, some):
     pairs = [inputs(args, item, sigma) for sigma in args.sigma for item in some]
     if len({clean.shape for clean, _ in pairs}) > 1:
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
+    if min(pairs[0][0].shape[:2]) < metrics.LPIPS_SIZE:
+        raise InputError(f"LPIPS needs patches of at least {metrics.LPIPS_SIZE} pixels; give a larger --centre-crop")
     y = torch.stack([crops.to_tensor(clean).float() / 255 for clean, _ in pairs]).to(model.device)
     x = torch.stack([crops.to_tensor(noisy).float() / PEAK[noisy.dtype] for _, noisy in pairs]).to(model.device)
     y_r = torch.cat([model.reconstruct(part) for part in x.split(16)])
@@ -190,6 +192,7 @@ def write_whole(path, write):
             write(file)
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written; is its folder there? ({error.strerror})") from error
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rng import checkpoint, crops, data, training
 from rng.controller import STEPS, StepController
-from rng.errors import InputError, script
+from rng.errors import InputError, number, script
 
 # iterations: 30 epochs of 20,000 patches; 60 of 1,000
 PRESETS = {
@@ -30,8 +30,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", choices=data.NAMES, default=["sidd"], help="data sets of the labels")
     parser.add_argument("--root", nargs="+", help="folder of each data set (default: datasets/NAME)")
-    parser.add_argument("--c", type=int, help="* channels of s's first block")
-    parser.add_argument("--holdout", type=float, default=0.2,
+    parser.add_argument("--c", type=number(int, 1), help="* channels of s's first block")
+    parser.add_argument("--holdout", type=number(float, 0, 1), default=0.2,
                         help="share of the labels kept for validation (default: 0.2)")
     args = training.parse(parser, PRESETS, argv)
 
@@ -83,24 +83,27 @@ def labelled_patches(args):
     """-> noisy patches (M, 3, P, P) float16, made again from their labels, and their LPIPS values (M, 11)."""
     path = args.model / "step_labels.jsonl"
     try:
-        labels = [json.loads(line) for line in path.read_text().splitlines()]
+        text = path.read_text()
+        labels = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # without a torn last line
         scores = torch.tensor([label["lpips"] for label in labels])
+        names = [(label["set"], label["image"]) for label in labels]
+        shapes = {(label["size"], len(label["lpips"])) for label in labels}
+        seeds = [label["seed"] for label in labels]
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; run build_step_labels.py first") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
+    if len(shapes) != 1:
+        raise InputError(f"{path} holds no labels, or patches of several sizes; run build_step_labels.py with one --size")
     sets, _ = data.training_items(args, 0)
-    items = {item.name: item for some in sets for item in some}
+    items = {(number, item.name): item for number, some in enumerate(sets) for item in some}
     patches, opened = [None] * len(labels), None
-    for i in sorted(range(len(labels)), key=lambda i: labels[i]["image"]):  # so that each picture is decoded once
-        name = labels[i]["image"]
-        if name not in items:
-            raise InputError(f"{path} names a picture {name} that is not there; give the labels' own --data and --root")
-        if name != opened:
-            opened, pictures = name, items[name].read()
+    for i in sorted(range(len(labels)), key=names.__getitem__):  # so that each picture is decoded once
+        if names[i] not in items:
+            raise InputError(f"{path} names the picture {names[i][1]}, not found; give the labels' own --data and --root")
+        if names[i] != opened:
+            opened, pictures = names[i], items[names[i]].read()
         patches[i] = crops.labelled_patch(*pictures, labels[i])[0].half()
-    if len({patch.shape for patch in patches}) != 1:
-        raise InputError(f"{path} holds no labels, or patches of several sizes; use one --size for all")
     return torch.stack(patches), scores
 
 

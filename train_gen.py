@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rng import checkpoint, crops, ddpm, device, metrics, training
-from rng.errors import script
+from rng.errors import InputError, number, script
 from rng.pipeline import RnG, condition
 from rng.unet import UNet
 
@@ -30,8 +30,8 @@ SCALE_BATCHES = 32                # on which the residual's standard deviation i
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=int, help="* g's channels at full resolution")
-    parser.add_argument("--blocks", type=int, help="* g's residual blocks per level")
+    parser.add_argument("--base", type=number(int, 1), help="* g's channels at full resolution")
+    parser.add_argument("--blocks", type=number(int, 1), help="* g's residual blocks per level")
     parser.add_argument("--scheme", choices=["two-stage", "joint", "intermediate"], default="two-stage",
                         help="two-stage: r is MODEL/recon.pt, frozen; joint: a new U-Net r learns through Eq. 5 alone; "
                              "intermediate: through Eqs. 4 and 5")
@@ -39,7 +39,7 @@ def main(argv=None):
                         help="what g sees: x as in the paper, r(x) (Table 1), or both (not in the paper)")
     parser.add_argument("--target", choices=["residual", "clean"], default="residual",
                         help="clean: Table 4's generative part only, r is the constant 0.5")
-    parser.add_argument("--residual-scale", type=float,
+    parser.add_argument("--residual-scale", type=number(float, 1e-3),
                         help="g learns (y - r(x)) times this; default 1 / std(y - r(x)); 1 is the paper's letter")
     parser.add_argument("--lpips-backbone", help="AlexNet weights for the validation LPIPS")
     training.add_crop_arguments(parser)
@@ -57,6 +57,8 @@ def main(argv=None):
     stream, held_out = crops.training_stream(args, ddpm.linear_schedule(T_TRAIN, END_TRAIN))
     settings = {"condition": args.condition, "target": args.target, "residual_scale": args.residual_scale}
     lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
+    if lpips and args.crop < metrics.LPIPS_SIZE:
+        raise InputError(f"validation by LPIPS needs a --crop of at least {metrics.LPIPS_SIZE} pixels")
 
     def estimate(x):
         """r(x), or the constant of --target clean, for noisy crops (N, 3, H, W)."""

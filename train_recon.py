@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rng import checkpoint, crops, metrics, training
-from rng.errors import script
+from rng.errors import number, script
 from rng.nafnet import NAFNet
 from rng.unet import UNet
 
@@ -30,12 +30,12 @@ PRESETS = {
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=["nafnet", "unet"], default="nafnet", help="unet: Table 1's other r")
-    parser.add_argument("--width", type=int, help="* NAFNet's channels at full resolution")
-    parser.add_argument("--enc", type=int, nargs="+", help="* NAFNet's encoder blocks per level")
-    parser.add_argument("--middle", type=int, help="* NAFNet's middle blocks")
-    parser.add_argument("--dec", type=int, nargs="+", help="* NAFNet's decoder blocks per level")
-    parser.add_argument("--base", type=int, help="* the U-Net's channels at full resolution")
-    parser.add_argument("--blocks", type=int, help="* the U-Net's residual blocks per level")
+    parser.add_argument("--width", type=number(int, 1), help="* NAFNet's channels at full resolution")
+    parser.add_argument("--enc", type=number(int, 0), nargs="+", help="* NAFNet's encoder blocks per level")
+    parser.add_argument("--middle", type=number(int, 0), help="* NAFNet's middle blocks")
+    parser.add_argument("--dec", type=number(int, 0), nargs="+", help="* NAFNet's decoder blocks per level")
+    parser.add_argument("--base", type=number(int, 1), help="* the U-Net's channels at full resolution")
+    parser.add_argument("--blocks", type=number(int, 1), help="* the U-Net's residual blocks per level")
     parser.add_argument("--loss", choices=["mse", "psnr"], help="* mse: Eq. 4 with p = 2; psnr: NAFNet's own")
     parser.add_argument("--init", type=Path,
                         help="start from this recon.pt or official NAFNet checkpoint, whose sizes win")

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 import skimage
 
-from rng.errors import InputError
+from rng.errors import InputError, number
 from rng.images import EXTENSIONS, read_rgb
 
 NAMES = ("sidd", "div2k", "pairs", "images", "sample")
@@ -130,13 +130,6 @@ def sigma_range(text):
     return low, high
 
 
-def probability(text):
-    """"0.5" -> 0.5."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a probability, between 0 and 1")
-    return float(text)
-
-
 def add_arguments(parser):
     """The options that say which pictures and which noise; see training_items."""
     add = parser.add_argument
@@ -145,8 +138,8 @@ def add_arguments(parser):
     add("--weight", nargs="+", type=float, help="share of each data set (default: equal)")
     add("--sigma", nargs="+", type=sigma_range, default=[(20.0, 20.0), (35.0, 35.0), (50.0, 50.0)], metavar="S",
         help="std of the Gaussian noise, 0-255 scale: values, or ranges such as 0-55 (default: 20 35 50)")
-    add("--camera", type=probability, default=0.0, help="probability of camera noise in place of Gaussian")
-    add("--clip-noisy", type=probability, default=0.0, help="probability that a noisy crop is clipped and rounded to 8 bit")
+    add("--camera", type=number(float, 0, 1), default=0.0, help="probability of camera noise in place of Gaussian")
+    add("--clip-noisy", type=number(float, 0, 1), default=0.0, help="probability that a noisy crop is clipped and rounded to 8 bit")
 
 
 def training_items(args, validation):

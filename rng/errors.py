@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how a script ends on one."""
 
 import functools
+import math
 import sys
 
 
@@ -20,3 +21,20 @@ def script(main):
             return 2
 
     return wrapped
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse's add_argument: an int or a float (kind) from low to high, else InputError."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limit = "" if high == math.inf else f" to {high:g}"
+            name = "whole number" if kind is int else "number"
+            raise InputError(f"{text} is not possible for this option; give a {name} from {low:g}{limit}")
+        return value
+
+    return parse

@@ -21,6 +21,7 @@ from torch import nn
 from rng.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
+LPIPS_SIZE = 31  # pixels a side: what AlexNet's pools leave something of
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
@@ -168,8 +169,8 @@ class LPIPS(nn.Module):
     def forward(self, x, y):
         """(N, 3, H, W) twice, in [0, 1] and at least 31x31 -> (N,) float32; float32 under autocast too."""
         _check(x, y)
-        if min(x.shape[2:]) < 31:
-            raise ValueError(f"LPIPS needs pictures of at least 31x31 pixels, got {x.shape[2]}x{x.shape[3]}")
+        if min(x.shape[2:]) < LPIPS_SIZE:
+            raise ValueError(f"LPIPS needs pictures of at least {LPIPS_SIZE}x{LPIPS_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}")
         with torch.autocast(x.device.type, enabled=False):
             layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)
             return sum((head * (u - v).square()).sum(1).mean((1, 2)) for u, v, head in layers)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rng import checkpoint, data, device
-from rng.errors import InputError
+from rng.errors import InputError, number
 
 REPORT_EVERY = 50  # iterations
 # Options that may change between two runs of one training without changing its result.
@@ -27,15 +27,15 @@ def parse(parser, presets, argv):
         help="model folder, written to; the same command resumes (default: runs/rng)")
     add("--preset", choices=sorted(presets), default="paper", 
         help="where the defaults marked * come from (default: paper)")
-    add("--iterations", type=int, help="* optimiser steps")
-    add("--batch", type=int, help="* samples per iteration")
-    add("--lr", type=float, help="* learning rate of AdamW")
+    add("--iterations", type=number(int, 1), help="* optimiser steps")
+    add("--batch", type=number(int, 1), help="* samples per iteration")
+    add("--lr", type=number(float, 0), help="* learning rate of AdamW")
     add("--cosine", action=argparse.BooleanOptionalAction, help="* the learning rate falls to zero as a half cosine")
-    add("--weight-decay", type=float, help="* of AdamW")
-    add("--clip-grad", type=float, help="* largest norm of the gradient")
-    add("--ema", type=float, help="* decay of the averaged weights, reached after a warm-up")
-    add("--seed", type=int, default=0, help="of data, noise and initial weights (default: 0)")
-    add("--save-every", type=int, default=1000, help="iterations between validation and checkpoint (default: 1000)")
+    add("--weight-decay", type=number(float, 0), help="* of AdamW")
+    add("--clip-grad", type=number(float, 0), help="* largest norm of the gradient")
+    add("--ema", type=number(float, 0, 1), help="* decay of the averaged weights, reached after a warm-up")
+    add("--seed", type=number(int, 0), default=0, help="of data, noise and initial weights (default: 0)")
+    add("--save-every", type=number(int, 1), default=1000, help="iterations between validation and checkpoint (default: 1000)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="auto: bfloat16 where it pays (default)")
@@ -48,10 +48,10 @@ def parse(parser, presets, argv):
 def add_crop_arguments(parser):
     """The options of the stages that learn from crops."""
     data.add_arguments(parser)
-    parser.add_argument("--crop", type=int, help="* side of a crop, pixels")
-    parser.add_argument("--validation", type=int, default=16,
+    parser.add_argument("--crop", type=number(int, 8), help="* side of a crop, pixels")
+    parser.add_argument("--validation", type=number(int, 1), default=16,
                         help="validation crops, of pictures held out (default: 16)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make the crops (default: 2)")
+    parser.add_argument("--workers", type=number(int, 0), default=2, help="processes that make the crops (default: 2)")
 
 
 def reconstruction_loss(clean, estimate, kind="mse"):
@@ -173,6 +173,8 @@ class Run:
 
     def _resume(self):
         state = checkpoint.load(self.last)
+        if not {"settings", "iteration", "optimizer", *self.networks} <= state.keys():
+            raise InputError(f"{self.last} is not the state of this training; remove it, or name a new --model folder")
         changed = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
         if changed:
             raise InputError(f"{self.last} was made with another --{changed[0].replace('_', '-')} "

@@ -364,7 +364,7 @@ def test_wrong_kind(copy, name, other):
     {"kind": "recon", "config": {}, "state_dict": {}, "info": {}},
     {"kind": "recon", "config": {"arch": "nafnet", "depth": 3}, "state_dict": {}, "info": {}},
     {"kind": "recon", "config": {"arch": "nafnet", "width": 4}, "state_dict": {}, "info": {}},
-    {"kind": "recon", "config": {"arch": "nafnet"}, "state_dict": None, "info": {}}], ids=range(9))
+    {"kind": "recon", "config": {"arch": "nafnet", "width": 4}, "state_dict": None, "info": {}}], ids=range(9))
 def test_other_contents(copy, content):
     torch.save(content, copy / "recon.pt")
     assert_refused(copy, "recon.pt")
