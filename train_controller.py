@@ -18,6 +18,8 @@ from rng import checkpoint, crops, data, training
 from rng.controller import STEPS, StepController
 from rng.errors import InputError, number, script
 
+LABEL = {"set", "image", "top", "left", "size", "sigma", "clip", "seed", "lpips"}
+
 # iterations: 30 epochs of 20,000 patches; 60 of 1,000
 PRESETS = {
     "paper": dict(c=64, iterations=9400, batch=64, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.999),
@@ -88,7 +90,8 @@ def labelled_patches(args):
         scores = torch.tensor([label["lpips"] for label in labels])
         names = [(label["set"], label["image"]) for label in labels]
         shapes = {(label["size"], len(label["lpips"])) for label in labels}
-        seeds = [label["seed"] for label in labels]
+        if any(not LABEL <= label.keys() for label in labels):
+            raise ValueError("a label lacks a field")
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; run build_step_labels.py first") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -67,7 +67,7 @@ with np.load(WEIGHTS / "niqe_pris_params.npz", allow_pickle=False) as _pristine:
 BLOCK = 96  # pixels; half as many at half size
 HALF_SIZE_TAPS = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256  # MATLAB's imresize(x, 0.5): antialiased bicubic
 
-# A generalised Gaussian of shape a has E|v|^2 / E[v^2] = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)), which grows with a.
+# A generalised Gaussian of shape a has (E|v|)^2 / E[v^2] = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)), which grows with a.
 SHAPES = np.arange(0.2, 10.001, 0.001)
 SHAPE_RATIOS = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
 
@@ -109,6 +109,7 @@ def _half_size(plane):
 
 def _normalise(plane):
     """Mean subtracted, contrast normalised: (plane - local mean) / (local standard deviation + 1)."""
+    # In two dimensions though the window is separable: the rounding errors in flat areas differ (see niqe).
     mean = correlate(plane, GAUSSIAN_WINDOW, mode="nearest")
     variance = correlate(plane**2, GAUSSIAN_WINDOW, mode="nearest") - mean**2
     return (plane - mean) / (np.sqrt(np.abs(variance)) + 1)
@@ -134,7 +135,7 @@ def _fit_aggd(blocks):
         asymmetry = (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
         moments = np.abs(blocks).mean((1, 2)) ** 2 / square.mean((1, 2)) * asymmetry
     midpoints = (SHAPE_RATIOS[1:] + SHAPE_RATIOS[:-1]) / 2  # the nearest ratio, without comparing with all of them
-    shape = SHAPES[np.searchsorted(midpoints, np.nan_to_num(moments))]
+    shape = SHAPES[np.searchsorted(midpoints, np.nan_to_num(moments))]  # NaN: the smallest, as in MATLAB's min
     scale = np.sqrt(gamma(1 / shape) / gamma(3 / shape))
     return shape, left * scale, right * scale
 
@@ -170,7 +171,8 @@ class LPIPS(nn.Module):
         """(N, 3, H, W) twice, in [0, 1] and at least 31x31 -> (N,) float32; float32 under autocast too."""
         _check(x, y)
         if min(x.shape[2:]) < LPIPS_SIZE:
-            raise ValueError(f"LPIPS needs pictures of at least {LPIPS_SIZE}x{LPIPS_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}")
+            least, size = f"{LPIPS_SIZE}x{LPIPS_SIZE}", f"{x.shape[2]}x{x.shape[3]}"
+            raise ValueError(f"LPIPS needs pictures of at least {least} pixels, got {size}")
         with torch.autocast(x.device.type, enabled=False):
             layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)
             return sum((head * (u - v).square()).sum(1).mean((1, 2)) for u, v, head in layers)
