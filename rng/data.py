@@ -12,7 +12,7 @@ from rng.errors import InputError, number
 from rng.images import EXTENSIONS, read_rgb
 
 NAMES = ("sidd", "div2k", "pairs", "images", "sample")
-SAMPLE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
+SAMPLE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
 class Item(NamedTuple):

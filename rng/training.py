@@ -133,14 +133,15 @@ class Run:
         """Backward, clipped AdamW step, moving average of the weights."""
         args, k = self.args, self.iteration
         self.loss = loss.item()
-        if not math.isfinite(self.loss):
-            raise InputError(f"the loss became {self.loss} at iteration {k + 1}; the last checkpoint is kept: "
-                             "try a smaller --lr or --precision float32")
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * (0.5 * (1 + math.cos(math.pi * k / args.iterations)) if args.cosine else 1)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, args.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip_grad).item()
+        for what, value in (("loss", self.loss), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise InputError(f"the {what} became {value} at iteration {k + 1}; the last checkpoint is kept: "
+                                 "try a smaller --lr or --precision float32")
         self.optimizer.step()
         # warm-up, or a short run would show its initial weights
         decay = min(args.ema, (k + 1) / (k + 10))

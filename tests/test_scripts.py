@@ -89,7 +89,7 @@ def chain(tmp_path_factory):
     results = {
         "train_recon": call(train_recon, *here, *TINY, *CROPS, *"--width 4 --enc 1 --middle 1 --dec 1 --lr 1e-3".split()),
         "train_gen": call(train_gen, *here, *TINY, *CROPS, *lpips, *"--base 4 --blocks 1".split()),
-        "search": call(evaluate, *here, *lpips, *"--sigma 25 --limit 2 --centre-crop 32 --ends 0.3 0.5 --search-schedule"
+        "search": call(evaluate, *here, *lpips, *"--sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --search-schedule"
                        " --device cpu --precision float32".split()),
         "labels": call(build_step_labels, *here, *lpips, *"--sigma 25 --patches 3 --size 64 --device cpu".split()),
         "train_controller": call(train_controller, *here, *TINY, "--c", 2),
@@ -143,7 +143,7 @@ def test_labels(chain):
     labels = labels_of(chain.model)
     assert len(labels) == 3 and len({label["seed"] for label in labels}) == 3
     for label in labels:
-        assert {"image", "top", "left", "sigma", "seed", "lpips", "best"} <= label.keys()
+        assert {"image", "top", "left", "size", "sigma", "clip", "seed", "lpips", "best"} <= label.keys()
         assert (chain.pictures / label["image"]).exists()
         assert 0 <= label["top"] <= 100 - 64 and 0 <= label["left"] <= 200 - 64 and label["sigma"] == 25
         assert len(label["lpips"]) == 11 and all(np.isfinite(label["lpips"]))

@@ -71,7 +71,7 @@ def train(pictures, tmp_path, monkeypatch):
 
 def label(n):
     lpips = np.random.default_rng(n).random(len(STEPS)).tolist()
-    return json.dumps({"image": str(n % 6), "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n, "clip": n % 2 == 0,
+    return json.dumps({"set": 0, "image": f"{n % 6}.png", "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n, "clip": n % 2 == 0,
                        "seed": n, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
 
 
