@@ -19,7 +19,7 @@ from rng.unet import UNet
 PRESETS = {
     "paper": dict(base=64, blocks=3, iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False,
                   weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
-    "small": dict(base=32, blocks=1, iterations=15000, batch=16, crop=64, lr=4e-4, cosine=True,
+    "small": dict(base=32, blocks=1, iterations=10000, batch=16, crop=64, lr=4e-4, cosine=True,
                   weight_decay=1e-4, clip_grad=1.0, ema=0.999),
 }
 T_TRAIN, END_TRAIN = 2000, 0.01  # the paper's fine-grained training schedule, 1e-6 to 0.01

@@ -308,16 +308,20 @@ def test_sampler_evaluates_g_exactly_as_often_as_asked(seed):
 
 @pytest.mark.parametrize("variance", ["paper", "posterior"])
 @pytest.mark.parametrize("seed", range(8))
-def test_sampler_depends_neither_on_batch_size_nor_on_order(seed, variance):
+def test_sampler_is_eq_3_repeated_whatever_the_batch_size_and_the_order(seed, variance):
     x, steps, schedules, batch = mixed_batch(seed)
     order = generator(seed).permutation(len(x)).tolist()
     d_0 = ddpm.sample(wavy, x, steps, schedules, keyed_noise(range(len(x))), variance, batch)
     for size in (1, 3, 64):
         permuted = ddpm.sample(wavy, x[order], [steps[i] for i in order], schedules, keyed_noise(order), variance, size)
         assert torch.allclose(permuted, d_0[order], atol=1e-5)
-    for i in range(len(x)):
-        alone = ddpm.sample(wavy, x[i:i + 1], steps[i:i + 1], schedules, keyed_noise([i]), variance)
-        assert torch.allclose(alone[0], d_0[i], atol=1e-5)
+    for i, T in enumerate(steps):
+        noise = keyed_noise([i])
+        d_t = noise(0, [0]) if T else torch.zeros(1, 3, 8, 8)
+        for t in range(T, 0, -1):
+            eps_hat = wavy(x[i:i + 1], d_t, torch.tensor(schedules[T].gamma[t:t + 1]))
+            d_t = ddpm.step(d_t, eps_hat, t, [schedules[T]], noise(t, [0]), variance)
+        assert torch.allclose(d_t[0], d_0[i], atol=1e-5)
 
 
 def test_sampler_without_steps_never_calls_g():

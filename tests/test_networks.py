@@ -135,6 +135,7 @@ def test_nafnet_has_the_official_size_and_names(width, millions):
     names |= {f"ups.{i}.0.weight" for i in range(4)}
     assert set(network.state_dict()) == names
     assert number_of_parameters(network) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert {"arch": "nafnet", **config_from_state_dict(network.state_dict())} == network.config
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -171,6 +172,7 @@ def test_noise_level_embedding(dim):
     embedding = noise_level_embedding(torch.tensor(gamma), dim)
     assert embedding.dtype == torch.float32
     assert np.allclose(embedding, np.concatenate([np.sin(angle), np.cos(angle)], 1), atol=2e-3)
+    assert np.allclose(embedding[:, 0], np.sin(angle[:, 0]), atol=1e-6)  # sqrt(gamma) itself stays float64
 
 
 def test_noise_level_embedding_tells_close_levels_apart_under_autocast():
@@ -198,6 +200,37 @@ def test_residual_block(c_in, c_out, embedding):
     skip = h if c_in == c_out else torch.einsum("nchw,oc->nohw", h, p["skip.weight"][:, :, 0, 0]) + p["skip.bias"].view(-1, 1, 1)
     assert torch.allclose(block(h, level), skip + y, atol=1e-5)
     assert ("skip.weight" in p) == (c_in != c_out)
+
+
+def plain_u(network, h, level, depth=0):
+    """The U as a recursion: encode, all that is below, come up, join what was encoded, decode."""
+    def through(blocks, h):
+        for block in blocks:
+            h = block(h, level)
+        return h
+
+    if depth == len(network.downs):
+        return through(network.middle, h)
+    p = network.state_dict()
+    down, up = f"downs.{depth}", f"ups.{len(network.ups) - 1 - depth}"
+    h = through(network.encoders[depth], h)
+    below = F.conv2d(F.pad(h, (1, 1, 1, 1)), p[f"{down}.weight"], p[f"{down}.bias"], stride=2)
+    below = plain_u(network, below, level, depth + 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    above = F.conv2d(below, p[f"{up}.weight"], p[f"{up}.bias"], padding=1)
+    return through(network.decoders[-1 - depth], torch.cat([above, h], 1))
+
+
+@pytest.mark.parametrize("conditions, height, width", [(1, 8, 16), (1, 13, 9), (2, 24, 15)])
+def test_unet_is_a_u(conditions, height, width):
+    g = randomised(UNet(base=4, blocks=1, conditions=conditions), std=0.3)
+    x, d_t, gamma = noise(2, 3 * conditions, height, width), noise(2, 3, height, width, seed=1), torch.tensor([0.2, 0.9])
+    rows, cols = (torch.arange(8 * math.ceil(size / 8)).clamp(max=size - 1) for size in (height, width))
+    h = torch.cat([x, d_t], 1)[:, :, rows][..., cols]  # the last row and column repeated up to multiples of 8
+    level = noise_level_embedding(gamma, 4)
+    for layer in (0, 2):
+        level = F.silu(F.linear(level, g.mlp[layer].weight, g.mlp[layer].bias))
+    out = g.ending(F.silu(plain_u(g, g.intro(h), level)))[..., :height, :width]
+    assert torch.allclose(g(x, d_t, gamma), out, rtol=1e-4, atol=1e-4 * out.abs().max())
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)

@@ -178,7 +178,7 @@ def test_step_map_is_the_controllers_and_zero_steps_cost_nothing(model):
     image = image.astype(np.float32)
     evaluated = []
     hook = model.gen.register_forward_pre_hook(lambda gen, inputs: evaluated.append(inputs[0].mean((1, 2, 3)).tolist()))
-    parts = model.denoise(image, parts=True)
+    parts = model.denoise(image, batch=2, parts=True)
     hook.remove()
     assert parts.steps.tolist() == [[0, 1], [2, 3]]
     assert sum(map(len, evaluated)) == 6 and min(map(min, evaluated)) > 0.25
@@ -213,7 +213,7 @@ def test_missing_networks_are_named():
     recon, gen = tiny_networks()
     image = random_image(20, 20)
     only_r = RnG(recon, device_name="cpu", precision="float32")
-    assert only_r.denoise(image, steps=0).shape == image.shape
+    assert np.array_equal(only_r.denoise(image, steps=0), only_r.denoise(image, detail=0))
     with pytest.raises(InputError, match="gen.pt"):
         only_r.denoise(image, steps=2)
     with pytest.raises(InputError, match="controller.pt"):

@@ -141,7 +141,8 @@ def test_noise_of_neighbours_agrees_where_they_overlap(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_standard_normal_and_fresh_for_each_argument(seed):
     noise = tiling.patch_noise(seed, 3, 5, 7)
-    others = [(seed + 1, 3, 5, 7), (seed, 4, 5, 7), (seed, 3, 6, 7), (seed, 3, 5, 8), (seed, 5, 3, 7), (seed, 3, 7, 5)]
+    others = [(seed + 1, 3, 5, 7), (seed, 4, 5, 7), (seed, 3, 6, 7), (seed, 3, 5, 8),
+              (seed + 1, 2, 5, 7), (seed, 5, 3, 7), (seed, 3, 7, 5), (seed, 3, 6, 6)]
     fields = [noise, *(noise.roll(1, dim) for dim in range(3)), *(tiling.patch_noise(*other) for other in others)]
     assert all(abs(field.mean()) < 0.012 and abs(field.std() - 1) < 0.009 for field in fields)  # five standard errors
     assert (noise.abs() > 3).float().mean().item() == pytest.approx(0.0027, abs=6e-4)
