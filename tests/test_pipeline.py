@@ -1,4 +1,4 @@
-"""rng/pipeline.py with tiny random networks, against Algorithm 1 written out patch by patch; model folders and their faults."""
+"""rng/pipeline.py with tiny random networks, against Algorithm 1 patch by patch; model folders and their faults."""
 
 import json
 import math
@@ -54,13 +54,14 @@ def random_image(height, width, dtype=np.float32, seed=0):
     """Noise around a ramp from dark to light, so that patches differ in brightness."""
     y, x = np.mgrid[:height, :width]
     ramp = (y + x) / max(1, height + width - 2)
-    image = np.clip(0.1 + 0.8 * ramp[..., None] + 0.1 * np.random.default_rng(seed).normal(size=(height, width, 3)), 0, 1)
+    noise = 0.1 * np.random.default_rng(seed).normal(size=(height, width, 3))
+    image = np.clip(0.1 + 0.8 * ramp[..., None] + noise, 0, 1)
     return (image * pipeline.PEAK[np.dtype(dtype)] + (0 if dtype == np.float32 else 0.5)).astype(dtype)
 
 
 @torch.inference_mode()
 def algorithm_1(model, image, steps, seed=0, detail=1.0):
-    """Sec. 3.2's Algorithm 1 for each 256-pixel patch on its own, in the paper's symbols; float (H, W, 3), not clipped."""
+    """Algorithm 1 for each 256-pixel patch on its own, in the paper's symbols; float (H, W, 3), not clipped."""
     height, width = image.shape[:2]
     patches = tiling.split(torch.from_numpy(image.astype(np.float32) / pipeline.PEAK[image.dtype]).permute(2, 0, 1))
     pieces = []
@@ -223,8 +224,9 @@ def test_missing_networks_are_named():
 
 
 @pytest.mark.parametrize("image", [
-    np.zeros((4, 4)), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 3), np.uint8),
-    np.zeros((4, 0, 3), np.float32), np.zeros((4, 4, 3), np.float64), np.zeros((4, 4, 3), np.int32), np.zeros((1, 4, 4, 3))])
+    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 3), np.uint8),
+    np.zeros((4, 0, 3), np.float32), np.zeros((4, 4, 3), np.float64), np.zeros((4, 4, 3), np.int32),
+    np.zeros((1, 4, 4, 3), np.float32)])
 def test_arrays_that_are_no_pictures(model, image):
     with pytest.raises(ValueError):
         model.denoise(image, steps=0)
@@ -353,7 +355,8 @@ def test_damaged_weights(copy, name, damage):
     assert_refused(copy, name)
 
 
-@pytest.mark.parametrize("name, other", [("recon.pt", "gen.pt"), ("gen.pt", "controller.pt"), ("controller.pt", "recon.pt")])
+@pytest.mark.parametrize("name, other", [("recon.pt", "gen.pt"), ("gen.pt", "controller.pt"),
+                                         ("controller.pt", "recon.pt")])
 def test_wrong_kind(copy, name, other):
     (copy / name).write_bytes((copy / other).read_bytes())
     assert_refused(copy, f"{name} holds a network of kind '{other[:-3]}'")

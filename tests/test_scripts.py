@@ -1,4 +1,4 @@
-"""The six scripts in their order, end to end on tiny settings; what each writes; what each refuses; the README's commands."""
+"""The six scripts in their order on tiny settings; what each writes and what it refuses; the README's commands."""
 
 import argparse
 import contextlib
@@ -34,6 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32".split()
 CROPS = "--crop 32 --validation 2 --workers 0 --sigma 25".split()
+TINY_R = "--width 4 --enc 1 --middle 1 --dec 1".split()
+TINY_G = "--base 4 --blocks 1".split()
+SEARCH = "--search-schedule --sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --device cpu --precision float32".split()
+LABELS = "--sigma 25 --patches 3 --size 64 --device cpu --precision float32".split()
 EVALUATION = "--sigma 15 50 --steps 0 10 --device cpu --precision float32".split()
 
 
@@ -87,11 +91,10 @@ def chain(tmp_path_factory):
     here = ["--model", model, "--data", "images", "--root", pictures]
     lpips = ["--lpips-backbone", backbone]
     results = {
-        "train_recon": call(train_recon, *here, *TINY, *CROPS, *"--width 4 --enc 1 --middle 1 --dec 1 --lr 1e-3".split()),
-        "train_gen": call(train_gen, *here, *TINY, *CROPS, *lpips, *"--base 4 --blocks 1".split()),
-        "search": call(evaluate, *here, *lpips, *"--sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --search-schedule"
-                       " --device cpu --precision float32".split()),
-        "labels": call(build_step_labels, *here, *lpips, *"--sigma 25 --patches 3 --size 64 --device cpu".split()),
+        "train_recon": call(train_recon, *here, *TINY, *CROPS, *TINY_R),
+        "train_gen": call(train_gen, *here, *TINY, *CROPS, *TINY_G, *lpips),
+        "search": call(evaluate, *here, *lpips, *SEARCH),
+        "labels": call(build_step_labels, *here, *lpips, *LABELS),
         "train_controller": call(train_controller, *here, *TINY, "--c", 2),
         "evaluate": call(evaluate, *here, *lpips, *EVALUATION, "--limit", 2, "--csv", folder / "table.csv"),
     }
@@ -228,9 +231,9 @@ def label(chain, model, monkeypatch):
     """label(patches, *options) -> Result of build_step_labels.py on few and small step counts."""
     monkeypatch.setattr(build_step_labels, "STEPS", (0, 1, 2))
 
-    def label(patches, *options, root=chain.pictures, name="images"):
-        return call(build_step_labels, "--model", model, "--data", name, "--root", root, "--lpips-backbone", chain.backbone,
-                    "--patches", patches, "--size", 64, "--device", "cpu", "--precision", "float32", *options)
+    def label(patches, *options):
+        return call(build_step_labels, "--model", model, "--data", "images", "--root", chain.pictures, *LABELS,
+                    "--lpips-backbone", chain.backbone, "--patches", patches, *options)
 
     (model / "step_labels.jsonl").unlink()
     return label
@@ -258,7 +261,8 @@ def test_ties_go_to_the_smaller_step(label, model, monkeypatch):
     assert labels_of(model)[0]["best"] == 1
 
 
-@pytest.mark.parametrize("noise", ["--sigma 0-55 --clip-noisy 0.5", "--camera 1", "pairs", "two sets with the same names"])
+@pytest.mark.parametrize("noise", [
+    "--sigma 0-55 --clip-noisy 0.5", "--camera 1", "pairs", "two sets with the same names"])
 def test_the_controller_sees_the_patches_that_were_labelled(noise, label, model, chain, tmp_path, monkeypatch):
     seen = []
 
@@ -279,9 +283,7 @@ def test_the_controller_sees_the_patches_that_were_labelled(noise, label, model,
         data, roots = ["images", "images"], [chain.pictures, tmp_path / "others"]
     else:
         options = noise.split()
-    result = call(build_step_labels, "--model", model, "--data", *data, "--root", *roots, "--lpips-backbone", chain.backbone,
-                  "--patches", 6, "--size", 64, "--device", "cpu", *options)
-    assert result.code == 0, result.err
+    assert label(6, "--data", *data, "--root", *roots, *options).code == 0
     args = argparse.Namespace(model=model, data=data, root=[str(root) for root in roots])
     patches, scores = train_controller.labelled_patches(args)
     assert torch.equal(patches, torch.stack(seen).half()) and scores.shape == (6, 11)
@@ -319,8 +321,8 @@ def test_without_lpips_the_other_metrics_show(chain, model, monkeypatch):
     assert Path("evaluation.csv").exists()
 
     before = tree(Path())
-    for script, options in ((build_step_labels, ["--size", 64]), (evaluate, ["--search-schedule"])):
-        result = call(script, "--model", model, "--data", "images", "--root", chain.pictures, "--device", "cpu", *options)
+    for script, options in ((build_step_labels, LABELS), (evaluate, SEARCH)):
+        result = call(script, "--model", model, "--data", "images", "--root", chain.pictures, *options)
         assert result.code == 2 and len(result.errors) == 1 and "--lpips-backbone" in result.errors[0]
     assert tree(Path()) == before
 
@@ -394,9 +396,9 @@ def refused(chain, script, *options, model="model"):
     if script.startswith("train"):
         args += ["--batch", 2, "--iterations", 4, *(["--c", 2] if script == "train_controller" else CROPS)]
     if script == "train_recon":
-        args += "--width 4 --enc 1 --middle 1 --dec 1".split()
+        args += TINY_R
     if script == "train_gen":
-        args += "--base 4 --blocks 1".split()
+        args += TINY_G
     if script in ("train_gen", "evaluate", "build_step_labels"):
         args += ["--lpips-backbone", chain.backbone]
     before = tree(Path())
@@ -447,22 +449,17 @@ WEIGHT_FILES = [("evaluate", "recon"), ("evaluate", "gen"), ("evaluate", "contro
                 ("train_gen", "last_gen"), ("train_controller", "last_controller")]
 
 
-def truncated(path):
-    return path.read_bytes()[:-1000]
-
-
-def flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3:2 * len(content) // 3] = bytes(len(content) // 3)
-    return bytes(content)
+def damaged(content, how):
+    third = len(content) // 3
+    return {"truncated": content[:-1000], "overwritten": content[:third] + bytes(third) + content[2 * third:], "empty": b"",
+            "text": b"hello\n", "zeros": bytes(500), "random": np.random.default_rng(0).bytes(3000)}[how]
 
 
 @pytest.mark.parametrize("script, name", WEIGHT_FILES)
-@pytest.mark.parametrize("damage", [truncated, flipped, lambda path: b"", lambda path: b"hello\n", lambda path: bytes(500),
-                                    lambda path: np.random.default_rng(0).bytes(3000)])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "empty", "text", "zeros", "random"])
 def test_a_damaged_weight_file(damage, script, name, chain, model):
     path = model / f"{name}.pt"
-    path.write_bytes(damage(path))
+    path.write_bytes(damaged(path.read_bytes(), damage))
     assert f"{name}.pt" in refused(chain, script)
 
 
@@ -482,15 +479,17 @@ def test_a_weight_file_whose_parts_do_not_fit(chain, model):
     assert "recon.pt" in refused(chain, "evaluate")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}',
-                                     '{"end": {"10": 2}}', '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}'])
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}', '{"end": {"10": 2}}',
+    '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}'])
 def test_a_malformed_schedule(content, chain, model):
     (model / "schedule.json").write_text(content)
     assert "schedule.json" in refused(chain, "evaluate")
 
 
-@pytest.mark.parametrize("line", ["hello", "{", "3", "[]", "{}", '{"lpips": [1, 2]}', '{"lpips": 3}', "no image", "no seed",
-                                  "10 values", "text", "no such picture"])
+@pytest.mark.parametrize("line", [
+    "hello", "{", "3", "[]", "{}", '{"lpips": [1, 2]}', '{"lpips": 3}', "no image", "no seed", "10 values", "text",
+    "no such picture"])
 def test_malformed_labels(line, chain, model):
     path = model / "step_labels.jsonl"
     lines = path.read_text().splitlines()
