@@ -1,4 +1,4 @@
-"""PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used (README, choice 10).
+"""PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used (see README).
 
 Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). No metric guesses the range of its
 input: anything outside [0, 1], not finite or of another shape raises ValueError. To score as the paper does, round the

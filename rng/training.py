@@ -97,6 +97,7 @@ class Run:
         self.settings = json.loads(json.dumps(settings, default=str))
         if self.last.exists():
             self._resume()
+        self._trim_log()
 
     def autocast(self):
         """The context of the forward pass, `--precision`."""
@@ -169,8 +170,9 @@ class Run:
         state = {"settings": self.settings, "iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
         for name in self.networks:
             state[name] = {"weights": self.networks[name].state_dict(), "averaged": self.averaged[name].state_dict()}
-        checkpoint.save_atomic(self.last, state)
+        # the state comes last: after a kill in between, the same iterations run again and write the same weights
         self.publish(self.averaged, info | {"settings": self.settings})
+        checkpoint.save_atomic(self.last, state)
 
     def _resume(self):
         state = checkpoint.load(self.last)
@@ -186,13 +188,16 @@ class Run:
             self.networks[name].load_state_dict(state[name]["weights"])
             self.averaged[name].load_state_dict(state[name]["averaged"])
         self.iteration = state["iteration"]
-        # what was logged after the checkpoint happens again
-        lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration]
-        temporary = self.log_path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.log_path)
         print(f"{self.last}: going on at iteration {self.iteration}", file=sys.stderr)
+
+    def _trim_log(self):
+        """Drops what was logged after the checkpoint: it happens again."""
+        if self.log_path.exists():
+            lines = self.log_path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration]
+            temporary = self.log_path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, self.log_path)
 
     def _stop(self, number, frame):
         self.signal = number

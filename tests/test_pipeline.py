@@ -224,9 +224,9 @@ def test_missing_networks_are_named():
 
 
 @pytest.mark.parametrize("image", [
-    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 3), np.uint8),
-    np.zeros((4, 0, 3), np.float32), np.zeros((4, 4, 3), np.float64), np.zeros((4, 4, 3), np.int32),
-    np.zeros((1, 4, 4, 3), np.float32)])
+    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8),
+    np.zeros((0, 4, 3), np.uint8), np.zeros((4, 0, 3), np.float32), np.zeros((1, 4, 4, 3), np.float32),
+    np.zeros((4, 4, 3), np.float64), np.zeros((4, 4, 3), np.int32)])
 def test_arrays_that_are_no_pictures(model, image):
     with pytest.raises(ValueError):
         model.denoise(image, steps=0)
