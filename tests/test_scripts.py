@@ -36,7 +36,7 @@ TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32
 CROPS = "--crop 32 --validation 2 --workers 0 --sigma 25".split()
 TINY_R = "--width 4 --enc 1 --middle 1 --dec 1".split()
 TINY_G = "--base 4 --blocks 1".split()
-SEARCH = "--search-schedule --sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --device cpu --precision float32".split()
+SEARCH = "--search-schedule --sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --device cpu".split()
 LABELS = "--sigma 25 --patches 3 --size 64 --device cpu --precision float32".split()
 EVALUATION = "--sigma 15 50 --steps 0 10 --device cpu --precision float32".split()
 
@@ -221,7 +221,7 @@ def test_denoise(chain, tmp_path):
     assert denoised("--steps", 10, "--seed", 1) != first
     assert denoised("--steps", 10, "--detail", 0) == denoised("--steps", 0)
     steps = int(RnG.load(chain.model, "cpu").denoise(read_rgb(tmp_path / "noisy.png"), parts=True).steps[0, 0])
-    assert denoised() == denoised("--steps", "auto") == denoised("--steps", steps)
+    assert denoised() == denoised("--steps", steps)
 
 
 # The label file.
@@ -451,8 +451,8 @@ WEIGHT_FILES = [("evaluate", "recon"), ("evaluate", "gen"), ("evaluate", "contro
 
 def damaged(content, how):
     third = len(content) // 3
-    return {"truncated": content[:-1000], "overwritten": content[:third] + bytes(third) + content[2 * third:], "empty": b"",
-            "text": b"hello\n", "zeros": bytes(500), "random": np.random.default_rng(0).bytes(3000)}[how]
+    return {"truncated": content[:-1000], "overwritten": content[:third] + bytes(third) + content[2 * third:],
+            "empty": b"", "text": b"hello\n", "zeros": bytes(500), "random": np.random.default_rng(0).bytes(3000)}[how]
 
 
 @pytest.mark.parametrize("script, name", WEIGHT_FILES)
@@ -480,8 +480,8 @@ def test_a_weight_file_whose_parts_do_not_fit(chain, model):
 
 
 @pytest.mark.parametrize("content", [
-    "", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}', '{"end": {"10": 2}}',
-    '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}'])
+    "", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}',
+    '{"end": {"10": 2}}', '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}'])
 def test_a_malformed_schedule(content, chain, model):
     (model / "schedule.json").write_text(content)
     assert "schedule.json" in refused(chain, "evaluate")
@@ -527,11 +527,13 @@ def test_a_table_that_cannot_be_written(place, chain, model):
 @pytest.mark.parametrize("command", [
     "train_recon --batch 0", "train_recon --iterations -1", "train_recon --crop 0", "train_recon --save-every 0",
     "train_recon --validation 0", "train_recon --seed -1", "train_recon --workers -1", "train_recon --weight 0",
-    "train_recon --weight 1 1", "train_recon --width 0", "train_recon --init nowhere.pt", "train_recon --init noisy.png",
-    "train_gen --crop 16", "train_gen --residual-scale 0", "train_controller --holdout 1", "train_controller --holdout -1",
-    "train_controller --c 0", "build_step_labels --seed -1", "evaluate --limit -1", "evaluate --sigma -5",
-    "evaluate --steps -1", "evaluate --centre-crop -1", "evaluate --seed -1", "evaluate --device nowhere",
-    "evaluate --ends 1 --search-schedule", "evaluate --centre-crop 8 --search-schedule", "evaluate --lpips-backbone noisy.png",
+    "train_recon --weight 1 1", "train_recon --width 0", "train_recon --init nowhere.pt",
+    "train_recon --init noisy.png", "train_gen --crop 16", "train_gen --residual-scale 0",
+    "train_controller --holdout 1", "train_controller --holdout -1", "train_controller --c 0",
+    "build_step_labels --seed -1", "evaluate --limit -1", "evaluate --sigma -5", "evaluate --steps -1",
+    "evaluate --centre-crop -1", "evaluate --seed -1", "evaluate --device nowhere",
+    "evaluate --ends 1 --search-schedule", "evaluate --centre-crop 8 --search-schedule",
+    "evaluate --lpips-backbone noisy.png",
 ])
 def test_options_out_of_range(command, chain, model):
     for path in model.glob("last_*"):
