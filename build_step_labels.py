@@ -19,7 +19,7 @@ import torch
 from rng import crops, data, metrics, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
-from rng.pipeline import RnG
+from rng.pipeline import RnG, find_folder
 
 
 @script
@@ -42,7 +42,7 @@ def main(argv=None):
     sets, _ = data.training_items(args, 0)
     weights = np.array(args.weight or [1] * len(sets), float)
     mix = crops.NoiseMix(args.sigma, args.camera, args.clip_noisy)
-    path = args.model / "step_labels.jsonl"
+    path = find_folder(args.model) / "step_labels.jsonl"
     done = drop_torn_line(path)
 
     started = time.time()
@@ -60,8 +60,8 @@ def main(argv=None):
         with open(path, "a") as file:
             file.write(json.dumps(label) + "\n")
         rate = (n + 1 - done) / (time.time() - started)
-        left = time.strftime("%H:%M:%S", time.gmtime((args.patches - n - 1) / rate))
-        print(f"patch {n + 1}/{args.patches}  {rate:.2f} patches/s  left {left}",
+        remaining = time.strftime("%H:%M:%S", time.gmtime((args.patches - n - 1) / rate))
+        print(f"patch {n + 1}/{args.patches}  {rate:.2f} patches/s  left {remaining}",
               end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
     return 0
 

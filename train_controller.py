@@ -99,7 +99,7 @@ def labelled_patches(args):
     if len(shapes) != 1:
         raise InputError(f"{path} holds no labels, or patches of several sizes; run build_step_labels.py with one --size")
     sets, _ = data.training_items(args, 0)
-    items = {(number, item.name): item for number, some in enumerate(sets) for item in some}
+    items = {(place, item.name): item for place, some in enumerate(sets) for item in some}
     patches, opened = [None] * len(labels), None
     for i in sorted(range(len(labels)), key=names.__getitem__):  # so that each picture is decoded once
         if names[i] not in items:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rng import checkpoint, crops, metrics, training
-from rng.errors import number, script
+from rng.errors import InputError, number, script
 from rng.nafnet import NAFNet
 from rng.unet import UNet
 
@@ -46,6 +46,8 @@ def main(argv=None):
     if args.init:
         r = checkpoint.load_recon(args.init)
     elif args.arch == "nafnet":
+        if len(args.enc) != len(args.dec):
+            raise InputError("--enc and --dec need one number for each level, equally many")
         r = NAFNet(args.width, args.enc, args.middle, args.dec)
     else:
         r = UNet(args.base, blocks=args.blocks, noise_level=False)

@@ -23,9 +23,9 @@ FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "lpips_backb
 def parse(parser, presets, argv):
     """Adds the options that the training scripts share, takes defaults from presets {name: {option: value}}, parses."""
     add = parser.add_argument
-    add("--model", type=Path, default=Path("runs/rng"), 
+    add("--model", type=Path, default=Path("runs/rng"),
         help="model folder, written to; the same command resumes (default: runs/rng)")
-    add("--preset", choices=sorted(presets), default="paper", 
+    add("--preset", choices=sorted(presets), default="paper",
         help="where the defaults marked * come from (default: paper)")
     add("--iterations", type=number(int, 1), help="* optimiser steps")
     add("--batch", type=number(int, 1), help="* samples per iteration")

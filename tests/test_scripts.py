@@ -187,7 +187,7 @@ def test_table(chain):
     assert [row[0] for row in rows[::5]] in (["15.0", "50.0", "mean"], ["15", "50", "mean"])
     for noisy, r, zero, ten, chosen in (rows[i:i + 5] for i in (0, 5, 10)):
         assert noisy[-1] == "-" and [row[-1] for row in (r, zero, ten)] == ["0.0", "0.0", "10.0"]
-        assert r[2:] == zero[2:] != ten[2:]
+        assert r[2:6] == zero[2:6] != ten[2:6]
         assert 0 <= float(chosen[-1]) <= 100
         assert all(np.isfinite(float(cell)) for row in (noisy, r, ten, chosen) for cell in row[2:6])
     assert float(rows[0][4]) == pytest.approx(20 * np.log10(255 / 15), abs=0.7)  # a little more, by clipping to 8 bit
@@ -253,6 +253,14 @@ def test_labels_go_on_after_a_torn_line(label, model):
     assert result.code == 0 and path.read_bytes() == whole
     assert "patch 3/5" in result.err and "patch 2/5" not in result.err
     assert label(5).code == 0 and label(3).code == 0 and path.read_bytes() == whole
+
+
+def test_labels_of_a_model_that_ships_lie_beside_it(label, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
+    model.rename(tmp_path / "weights" / "shipped")
+    assert label(1, "--model", "shipped").code == 0
+    assert len(labels_of(tmp_path / "weights" / "shipped")) == 1
 
 
 def test_ties_go_to_the_smaller_step(label, model, monkeypatch):
@@ -527,7 +535,7 @@ def test_a_table_that_cannot_be_written(place, chain, model):
 @pytest.mark.parametrize("command", [
     "train_recon --batch 0", "train_recon --iterations -1", "train_recon --crop 0", "train_recon --save-every 0",
     "train_recon --validation 0", "train_recon --seed -1", "train_recon --workers -1", "train_recon --weight 0",
-    "train_recon --weight 1 1", "train_recon --width 0", "train_recon --init nowhere.pt",
+    "train_recon --weight 1 1", "train_recon --width 0", "train_recon --dec 1 1", "train_recon --init nowhere.pt",
     "train_recon --init noisy.png", "train_gen --crop 16", "train_gen --residual-scale 0",
     "train_controller --holdout 1", "train_controller --holdout -1", "train_controller --c 0",
     "build_step_labels --seed -1", "evaluate --limit -1", "evaluate --sigma -5", "evaluate --steps -1",
