@@ -52,6 +52,8 @@ def main(argv=None):
                         help="find the end point of 1 - alpha for each step count by LPIPS, write MODEL/schedule.json; "
                              "on patches of --centre-crop, never on the pictures you test on")
     parser.add_argument("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
+    parser.add_argument("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
+                        help="scales of d_0 to search beside them; the paper knows only 1")
     args = parser.parse_args(argv)
 
     model = RnG.load(args.model, args.device, args.precision)
@@ -146,7 +148,7 @@ def measure(args, lpips, image, clean):
 
 
 def search_schedule(args, model, some):
-    """For each step count the end point with the lowest mean LPIPS, on one patch from each picture and sigma."""
+    """For each step count the end point and detail of lowest mean LPIPS, on one patch from each picture and sigma."""
     if model.gen is None:
         raise InputError("the schedule is searched with g; train it first")
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
@@ -168,19 +170,21 @@ def search_schedule(args, model, some):
         with torch.no_grad():
             return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(16), y.split(16))]).mean().item()
 
-    print(protocol(args, some), end="\n\n")
+    print(protocol(args, some) + " In brackets: the best detail.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " |\n|" + "---|" * (1 + len(args.ends)))
-    best = {}
+    found = {"end": {}, "detail": {}}
     for steps in STEPS[1:]:
         scores = []
         for end in args.ends:
-            model.ends[steps] = end
-            scores.append(mean_lpips(y_r + model.generate(x, y_r, [steps] * len(x), noise)))
-        best[str(steps)] = args.ends[int(np.argmin(scores))]
-        print(f"| {steps} | " + " | ".join(f"{score:.4f}" for score in scores) + " |", flush=True)
+            model.ends[steps], model.details[steps] = end, 1.0
+            d_0 = model.generate(x, y_r, [steps] * len(x), noise)
+            scores.append(min((mean_lpips(y_r + detail * d_0), detail) for detail in args.details))
+        found["end"][str(steps)] = args.ends[scores.index(min(scores))]
+        found["detail"][str(steps)] = min(scores)[1]
+        print(f"| {steps} | " + " | ".join(f"{score:.4f} ({detail:g})" for score, detail in scores) + " |", flush=True)
     print(f"\nr alone: LPIPS {mean_lpips(y_r):.4f}")
     path = find_folder(args.model) / "schedule.json"
-    write_whole(path, lambda file: file.write(json.dumps({"end": best}, indent=1) + "\n"))
+    write_whole(path, lambda file: file.write(json.dumps(found, indent=1) + "\n"))
     return 0
 
 

@@ -29,17 +29,21 @@ def condition(kind, x, y_r):
     return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[kind]
 
 
-def load_ends(path):
-    """End points of the noise schedules from schedule.json, {steps: 1 - alpha_T}; {} if there is no such file."""
+def load_schedule(path):
+    """schedule.json -> (end points 1 - alpha_T, details), each {steps: number}; both empty if there is no such file."""
     if not path.exists():
-        return {}
+        return {}, {}
     try:
-        ends = {int(steps): float(end) for steps, end in json.loads(path.read_text())["end"].items()}
+        content = json.loads(path.read_text())
+        ends, details = ({int(steps): float(value) for steps, value in part.items()}
+                         for part in (content["end"], content.get("detail", {})))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged; run evaluate.py --search-schedule again") from error
     if any(steps < 1 or not ddpm.BETA_1 <= end < 1 for steps, end in ends.items()):
         raise InputError(f"{path} has an end point outside (0, 1); run evaluate.py --search-schedule again")
-    return ends
+    if any(not 0 <= detail <= 2 for detail in details.values()):
+        raise InputError(f"{path} has a detail outside [0, 2]; run evaluate.py --search-schedule again")
+    return ends, details
 
 
 def find_folder(name_or_folder):
@@ -55,15 +59,16 @@ class RnG:
 
     recon: r; gen: g or None; settings: g's condition, target and residual_scale; controller: s or None;
     ends: {steps: end point of 1 - alpha}; counts that are not in it end at ddpm.default_end.
+    details: {steps: scale of d_0}; 1, the paper, for counts that are not in it.
     """
 
-    def __init__(self, recon, gen=None, settings=None, controller=None, ends=None,
+    def __init__(self, recon, gen=None, settings=None, controller=None, ends=None, details=None,
                  device_name="auto", precision="auto"):
         self.device, self.precision = device.pick(device_name), precision
         self.recon, self.gen, self.controller = (
             network and network.to(self.device, memory_format=torch.channels_last).eval()
             for network in (recon, gen, controller))
-        self.settings, self.ends = settings, ends or {}
+        self.settings, self.ends, self.details = settings, ends or {}, details or {}
 
     @classmethod
     def load(cls, name_or_folder="default", device="auto", precision="auto"):
@@ -78,7 +83,7 @@ class RnG:
             gen, settings = checkpoint.load_gen(folder / "gen.pt")
         if (folder / "controller.pt").exists():
             controller = checkpoint.load_controller(folder / "controller.pt")
-        return cls(recon, gen, settings, controller, load_ends(folder / "schedule.json"), device, precision)
+        return cls(recon, gen, settings, controller, *load_schedule(folder / "schedule.json"), device, precision)
 
     def schedule(self, steps):
         """The noise schedule for one step count."""
@@ -119,14 +124,15 @@ class RnG:
         schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
         d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, variance,
                           batch or BATCH[self.device.type], callback)
-        return d_0 / self.settings["residual_scale"]
+        scale = [self.details.get(T, 1.0) / self.settings["residual_scale"] for T in steps]
+        return d_0 * torch.tensor(scale, device=self.device)[:, None, None, None]
 
     def denoise(self, image, steps="auto", seed=0, detail=1.0, batch=None, progress=None, parts=False):
         """Algorithm 1 on an image of any size.
 
         image: numpy (H, W, 3), RGB, uint8, uint16 or float32 in [0, 1] (noise may leave that range).
         steps: "auto" asks s for each patch; N takes N steps everywhere, 0 gives r(x).
-        seed: of the generated detail; detail: scales d_0, from 0 (r alone) to 1 (the paper), the user's dial along the
+        seed: of the generated detail; detail: scales d_0 further, from 0 (r alone) to 1, the user's dial along the
         perception-distortion curve; batch: patches per network call, default a constant per device.
         progress: called with the share of the work done, 0 to 1.
         Returns the picture, shape and dtype of `image`, in range; with parts=True a Parts.
@@ -152,38 +158,53 @@ class RnG:
         return Parts(out, recon, residual, step_map) if parts else out
 
     def _denoised_rows(self, image, steps, seed, detail, batch, progress, step_map):
-        """Yields (columns, 9, 256, 256) for each row of patches: y, r(x) and what g added; fills step_map."""
+        """Yields each row of patches as a list of (9, h, w): y, r(x) and what g added; fills step_map."""
         rows, cols = step_map.shape
         together = max(1, batch // cols)  # rows, so that a small picture fills the batch too
+        done = 0
         for first in range(0, rows, together):
             group = range(first, min(first + together, rows))
-            x = torch.cat([to_patches(image, row) for row in group]).to(self.device)  # (N, 3, 256, 256)
-            y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])      # Algorithm 1, line 1
-            T = [steps] * len(x)
-            if steps == "auto":
-                T = [count for some in x.split(batch) for count in self.predict_steps(some)]
-            places = [(row, col) for row in group for col in range(cols)]
-            evaluations = 0
+            patches = {(row, col): patch for row in group for col, patch in enumerate(to_patches(image, row))}
+            finished = {}
+            for shape in dict.fromkeys(patch.shape for patch in patches.values()):  # edge patches are smaller
+                places = [place for place, patch in patches.items() if patch.shape == shape]
+                x = torch.stack([patches[place] for place in places]).to(self.device)
 
-            def noise(key, index):
-                return torch.stack([tiling.patch_noise(seed, key, *places[i]) for i in index]).to(self.device)
+                def report(share):
+                    if progress:
+                        progress((done + len(places) * share) / step_map.size)
 
-            def count(t, index):
-                nonlocal evaluations
-                evaluations += len(index)
-                if progress:
-                    progress((first + len(group) * evaluations / sum(T)) / rows)
+                y, T = self._denoised_patches(x, places, steps, seed, detail, batch, report)
+                finished |= zip(places, y.cpu())
+                step_map[tuple(zip(*places))] = T
+                done += len(places)
+                report(0)
+            yield from ([finished[row, col] for col in range(cols)] for row in group)
 
-            d_0 = detail * self.generate(x, y_r, T, noise, batch=batch, callback=count)  # lines 2 to 5
-            step_map[group] = np.reshape(T, (len(group), cols))
-            yield from torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu().split(cols)         # line 6
-            if progress:
-                progress(group.stop / rows)
+    def _denoised_patches(self, x, places, steps, seed, detail, batch, report):
+        """Algorithm 1 on patches x (N, 3, h, w) at these places of the grid -> (N, 9, h, w) as above, N step counts."""
+        y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])             # line 1
+        T = [steps] * len(x)
+        if steps == "auto":
+            T = [count for some in x.split(batch) for count in self.predict_steps(some)]
+        evaluations = 0
+
+        def noise(key, index):
+            fields = [tiling.patch_noise(seed, key, *places[i]) for i in index]
+            return torch.stack(fields)[..., :x.shape[2], :x.shape[3]].to(self.device)
+
+        def count(t, index):
+            nonlocal evaluations
+            evaluations += len(index)
+            report(evaluations / sum(T))
+
+        d_0 = detail * self.generate(x, y_r, T, noise, batch=batch, callback=count)      # lines 2 to 5
+        return torch.cat([y_r + d_0, y_r, d_0], dim=1), T                                # line 6
 
 
 def to_patches(image, row):
-    """One row of the grid: numpy (H, W, 3) -> (columns, 3, 256, 256) float32 in [0, 1]."""
-    band = image[tiling.band_rows(row, image.shape[0])].astype(np.float32) / PEAK[image.dtype]
+    """One row of the grid: numpy (H, W, 3) -> list of (3, h, w) float32 in [0, 1]."""
+    band = image[tiling.places(image.shape[0])[row]].astype(np.float32) / PEAK[image.dtype]
     return tiling.split_band(torch.from_numpy(band).permute(2, 0, 1))
 
 

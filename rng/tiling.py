@@ -1,6 +1,7 @@
 """Patches of 256 pixels that overlap by 32 (Sec. 3.2): of an overlap 12 are dropped at each side, 8 averaged.
 
-Images are tensors (C, H, W) of any size from 1 x 1; those that do not fit are extended by reflection and cropped back.
+Images are tensors (C, H, W) of any size from 1 x 1. The last patch of a row or column is what is left of the image,
+extended by reflection to a multiple of 16 and at least 64 pixels, and cropped back.
 """
 
 import math
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 PATCH, OVERLAP, DROP = 256, 32, 12
+SMALLEST, MULTIPLE = 64, 16  # pixels, sides of the patches at the image's end
 STRIDE = PATCH - OVERLAP
 KEEP, BLEND = STRIDE + DROP, OVERLAP - 2 * DROP  # a patch's first 236 pixels, then 8 that are averaged
 
@@ -19,32 +21,28 @@ def count(size):
     return max(1, math.ceil((size - OVERLAP) / STRIDE))
 
 
-def reflected(size):
-    """Pixel index along one side, (224 * count + 32,): 0, ..., size - 1, then reflected as far as needed."""
-    length = STRIDE * count(size) + OVERLAP
-    return np.pad(np.arange(size), (0, length - size), mode="reflect")
-
-
-def band_rows(row, height):
-    """Indices of the 256 pixel rows of row `row` of the grid, in an image of this height, reflected below it."""
-    return reflected(height)[row * STRIDE:row * STRIDE + PATCH]
+def places(size):
+    """Pixel indices of each patch along a side of `size` pixels: 256 each; what is left, reflected, for the last one."""
+    start = STRIDE * (count(size) - 1)  # of the last patch
+    last = max(SMALLEST, MULTIPLE * math.ceil((size - start) / MULTIPLE))
+    extended = np.pad(np.arange(size), (0, start + last - size), mode="reflect")
+    return [extended[here:here + PATCH] for here in range(0, start + 1, STRIDE)]
 
 
 def split_band(band):
-    """One row of the grid: band (C, 256, W) -> patches (columns, C, 256, 256)."""
-    return band[:, :, reflected(band.shape[-1])].unfold(2, PATCH, STRIDE).permute(2, 0, 1, 3)
+    """One row of the grid: band (C, h, W) -> list of patches (C, h, w), w = 256 but for the last one."""
+    return [band[:, :, columns] for columns in places(band.shape[-1])]
 
 
 def split(image):
-    """image (C, H, W) -> patches (rows * columns, C, 256, 256), row by row."""
-    height = image.shape[-2]
-    return torch.cat([split_band(image[:, band_rows(row, height)]) for row in range(count(height))])
+    """image (C, H, W) -> list of patches (C, h, w), row by row."""
+    return [patch for rows in places(image.shape[-2]) for patch in split_band(image[:, rows])]
 
 
 def join(parts, dim):
     """Joins neighbours along `dim`, one at a time: yields finished pieces; together they are the stitched whole.
 
-    parts: an iterable of tensors with 256 pixels along dim, each overlapping the next by 32.
+    parts: an iterable of tensors with 256 pixels along dim, the last one fewer; each overlaps the next by 32.
     """
     tail = None
     for part in parts:
@@ -55,22 +53,23 @@ def join(parts, dim):
             yield keep
             yield (blend + part.narrow(dim, DROP, BLEND)) / 2
             start = DROP + BLEND
-        tail = part.narrow(dim, start, PATCH - start)
+        tail = part.narrow(dim, start, part.shape[dim] - start)
     yield tail
 
 
 def stitch_rows(rows, width):
     """Stitches a picture from top to bottom while its patches arrive, so that it is never held as a whole.
 
-    rows: an iterable of (columns, C, 256, 256), one item per row of the grid; yields bands (C, h, width) in order,
+    rows: an iterable of lists of patches (C, h, w), one list per row of the grid; yields bands (C, h, width) in order,
     which still hold what reflection added below.
     """
     return join((torch.cat(list(join(row, -1)), -1)[..., :width] for row in rows), -2)
 
 
 def stitch(patches, height, width):
-    """patches (rows * columns, C, 256, 256) -> image (C, height, width), the inverse of split."""
-    rows = patches.split(count(width))
+    """List of patches, row by row -> image (C, height, width), the inverse of split."""
+    cols = count(width)
+    rows = [patches[start:start + cols] for start in range(0, len(patches), cols)]
     return torch.cat(list(stitch_rows(rows, width)), -2)[:, :height]
 
 

@@ -15,7 +15,7 @@ from rng.nafnet import NAFNet
 from rng.pipeline import RnG
 from rng.unet import UNet
 
-ENDS = {1: 0.2, 2: 0.3, 3: 0.4}
+ENDS, DETAILS = {1: 0.2, 2: 0.3, 3: 0.4}, {3: 0.7}
 
 
 class ByBrightness(nn.Module):
@@ -42,7 +42,7 @@ def tiny_networks(conditions=1):
 def tiny_model(condition="noisy", target="residual", controller=None, precision="float32"):
     recon, gen = tiny_networks(2 if condition == "both" else 1)
     settings = {"condition": condition, "target": target, "residual_scale": 8.0}
-    return RnG(recon, gen, settings, controller, ENDS, device_name="cpu", precision=precision)
+    return RnG(recon, gen, settings, controller, ENDS, DETAILS, device_name="cpu", precision=precision)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
         place = divmod(i, tiling.count(width))
         y_r = torch.full_like(x, 0.5) if model.settings["target"] == "clean" else model.recon(x)             # line 1
         T = model.controller.predict_steps(x).item() if steps == "auto" else steps
-        d = tiling.patch_noise(seed, 0, *place)[None]
+        here = np.s_[:, :x.shape[2], :x.shape[3]]
+        d = tiling.patch_noise(seed, 0, *place)[here][None]
         cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], 1)}[model.settings["condition"]]
         alpha = [1 - beta for beta in (np.linspace(1e-6, ENDS[T], T) if T > 1 else [ENDS[1]])] if T else []
         for t in range(T, 0, -1):                                                                            # line 2
@@ -78,9 +79,9 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
             eps_hat = model.gen(cond, d, torch.tensor([gamma_t], dtype=torch.float64))
             d = (d - (1 - alpha_t) / math.sqrt(1 - gamma_t) * eps_hat) / math.sqrt(alpha_t)                  # line 4
             if t > 1:
-                d = d + math.sqrt(1 - alpha_t) * tiling.patch_noise(seed, t, *place)
-        pieces.append(y_r + detail * d / 8 if T else y_r)                                                    # line 6
-    return tiling.stitch(torch.cat(pieces), height, width).permute(1, 2, 0).numpy()
+                d = d + math.sqrt(1 - alpha_t) * tiling.patch_noise(seed, t, *place)[here]
+        pieces.append(y_r + detail * DETAILS.get(T, 1) * d / 8 if T else y_r)                                # line 6
+    return tiling.stitch([piece[0] for piece in pieces], height, width).permute(1, 2, 0).numpy()
 
 
 # Algorithm 1
@@ -135,8 +136,8 @@ def test_same_input_and_seed_same_bytes(model):
     assert first == again == model.denoise(image, steps=2).tobytes() != other
 
 
-@pytest.mark.parametrize("size, steps", [((490, 20), 2), ((20, 490), "auto"), ((260, 260), 1)])
-def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps):
+@pytest.mark.parametrize("size, steps, most", [((490, 20), 2, 2), ((20, 490), "auto", 2), ((480, 480), 1, 4)])
+def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps, most):
     image, sizes = random_image(*size), []
     whole = model.denoise(image, steps)
     hooks = [network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
@@ -144,7 +145,7 @@ def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps):
     for batch in (1, 2, 64):
         sizes.clear()
         assert np.abs(model.denoise(image, steps, batch=batch) - whole).max() < 1e-5
-        assert max(sizes) == min(batch, tiling.count(size[0]) * tiling.count(size[1]))
+        assert max(sizes) == min(batch, most)
     for hook in hooks:
         hook.remove()
 
@@ -251,11 +252,11 @@ def save_model(folder, condition="noisy", target="residual"):
     checkpoint.save_weights(folder / "recon.pt", "recon", recon.config, recon, {"iterations": 1})
     checkpoint.save_weights(folder / "gen.pt", "gen", {"unet": gen.config, **settings}, gen, {})
     checkpoint.save_weights(folder / "controller.pt", "controller", s.config, s, {})
-    (folder / "schedule.json").write_text(json.dumps({"end": ENDS}))
+    (folder / "schedule.json").write_text(json.dumps({"end": ENDS, "detail": DETAILS}))
     for network in (recon, gen, s):
         for parameter in network.parameters():
             parameter.data = parameter.data.half().float()
-    return RnG(recon, gen, settings, s, ENDS, "cpu", "float32")
+    return RnG(recon, gen, settings, s, ENDS, DETAILS, "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_saved_model_is_the_model(tmp_path, condition, target):
     image = random_image(30, 20, np.uint8)
     assert np.array_equal(saved.denoise(image, steps=2), loaded.denoise(image, steps=2))
     x = torch.rand(3, 3, 32, 32)
-    assert torch.equal(saved.controller(x), loaded.controller(x)) and loaded.ends == ENDS
+    assert torch.equal(saved.controller(x), loaded.controller(x)) and (loaded.ends, loaded.details) == (ENDS, DETAILS)
     assert not (loaded.recon.training or loaded.gen.training or loaded.controller.training)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["controller.pt", "gen.pt", "recon.pt", "schedule.json"]
 

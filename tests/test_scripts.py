@@ -36,7 +36,7 @@ TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32
 CROPS = "--crop 32 --validation 2 --workers 0 --sigma 25".split()
 TINY_R = "--width 4 --enc 1 --middle 1 --dec 1".split()
 TINY_G = "--base 4 --blocks 1".split()
-SEARCH = "--search-schedule --sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --device cpu".split()
+SEARCH = "--search-schedule --sigma 25 --limit 1 --centre-crop 32 --ends 0.3 0.5 --details 0.5 1 --device cpu".split()
 LABELS = "--sigma 25 --patches 3 --size 64 --device cpu --precision float32".split()
 EVALUATION = "--sigma 15 50 --steps 0 10 --device cpu --precision float32".split()
 
@@ -126,13 +126,16 @@ def test_stage_2_validates_with_lpips(chain):
 
 
 def test_schedule(chain):
-    ends = json.loads((chain.model / "schedule.json").read_text())["end"]
-    assert list(ends) == [str(steps) for steps in range(10, 101, 10)]
-    rows = [[float(cell) for cell in line.split("|")[1:-1]]
-            for line in chain.results["search"].out.splitlines() if re.match(r"\| \d", line)]
-    assert [row[0] for row in rows] == list(range(10, 101, 10))
-    for steps, *scores in rows:
-        assert scores[[0.3, 0.5].index(ends[str(int(steps))])] == min(scores)
+    found = json.loads((chain.model / "schedule.json").read_text())
+    ends, details = found["end"], found["detail"]
+    assert list(ends) == list(details) == [str(steps) for steps in range(10, 101, 10)]
+    rows = [line.split("|")[1:-1] for line in chain.results["search"].out.splitlines() if re.match(r"\| \d", line)]
+    assert [int(row[0]) for row in rows] == list(range(10, 101, 10))
+    for steps, *cells in rows:
+        scores, best = zip(*(re.fullmatch(r" (\S+) \((\S+)\) ", cell).groups() for cell in cells))
+        chosen = [0.3, 0.5].index(ends[steps.strip()])
+        assert float(scores[chosen]) == min(map(float, scores))
+        assert float(best[chosen]) == details[steps.strip()] in (0.5, 1)
     loaded = RnG.load(chain.model, "cpu")
     np.testing.assert_array_equal(loaded.schedule(30).gamma, ddpm.linear_schedule(30, ends["30"]).gamma)
     np.testing.assert_array_equal(loaded.schedule(25).gamma, ddpm.linear_schedule(25, 10 / 25).gamma)
@@ -489,7 +492,8 @@ def test_a_weight_file_whose_parts_do_not_fit(chain, model):
 
 @pytest.mark.parametrize("content", [
     "", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}',
-    '{"end": {"10": 2}}', '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}'])
+    '{"end": {"10": 2}}', '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}', '{"end": {}, "detail": {"10": 3}}',
+    '{"end": {}, "detail": []}', '{"end": {}, "detail": {"10": NaN}}'])
 def test_a_malformed_schedule(content, chain, model):
     (model / "schedule.json").write_text(content)
     assert "schedule.json" in refused(chain, "evaluate")

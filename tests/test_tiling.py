@@ -16,24 +16,33 @@ def random_image(height, width, channels=1):
     return torch.rand(channels, height, width, generator=torch.Generator().manual_seed(1000 * height + width))
 
 
-def random_patches(height, width, channels=1):
-    """Unrelated patches, so that each pixel of the stitched picture tells which patches it came from."""
-    patches = tiling.count(height) * tiling.count(width)
-    return torch.rand(patches, channels, 256, 256, generator=torch.Generator().manual_seed(patches))
-
-
-def weights(size):
-    """Share of each patch in each pixel along one side, (patches, 224 patches + 32), by the paper's words alone."""
+def sides(size):
+    """Pixels of each patch along one side: 256 each, for the last what is left, to a multiple of 16, at least 64."""
     patches = 1
     while 224 * patches + 32 < size:
         patches += 1
-    share = np.zeros((patches, 224 * patches + 32))
+    left = size - 224 * (patches - 1)
+    while left % 16 or left < 64:
+        left += 1
+    return [256] * (patches - 1) + [left]
+
+
+def random_patches(height, width, channels=1):
+    """Unrelated patches, so that each pixel of the stitched picture tells which patches it came from."""
+    generator = torch.Generator().manual_seed(1000 * height + width)
+    return [torch.rand(channels, h, w, generator=generator) for h in sides(height) for w in sides(width)]
+
+
+def weights(size):
+    """Share of each patch in each pixel along one side, (patches, extended size), by the paper's words alone."""
+    lengths = sides(size)
+    share = np.zeros((len(lengths), 224 * (len(lengths) - 1) + lengths[-1]))
     for pixel in range(share.shape[1]):
         keepers = []
-        for patch in range(patches):
+        for patch, length in enumerate(lengths):
             place = pixel - 224 * patch
-            inside = 0 <= place < 256
-            dropped = place < 12 and patch > 0 or place >= 256 - 12 and patch < patches - 1
+            inside = 0 <= place < length
+            dropped = place < 12 and patch > 0 or place >= 256 - 12 and patch < len(lengths) - 1
             if inside and not dropped:
                 keepers.append(patch)
         share[keepers, pixel] = 1 / len(keepers)
@@ -42,11 +51,12 @@ def weights(size):
 
 def literal_stitch(patches, height, width):
     rows, cols = weights(height), weights(width)
-    canvas = np.zeros((patches.shape[1], rows.shape[1], cols.shape[1]))
-    for i, patch in enumerate(patches.double().numpy()):
+    canvas = np.zeros((len(patches[0]), rows.shape[1], cols.shape[1]))
+    for i, patch in enumerate(patches):
         row, col = divmod(i, len(cols))
-        y, x = slice(224 * row, 224 * row + 256), slice(224 * col, 224 * col + 256)
-        canvas[:, y, x] += rows[row, y, None] * cols[col, x] * patch
+        (h, w), top, left = patch.shape[1:], 224 * row, 224 * col
+        y, x = slice(top, top + h), slice(left, left + w)
+        canvas[:, y, x] += rows[row, y, None] * cols[col, x] * patch.double().numpy()
     return canvas[:, :height, :width]
 
 
@@ -54,7 +64,7 @@ def literal_stitch(patches, height, width):
 def test_stitch_inverts_split_bit_for_bit(height, width):
     image = random_image(height, width)
     patches = tiling.split(image)
-    assert patches.shape == (tiling.count(height) * tiling.count(width), 1, 256, 256)
+    assert [patch.shape for patch in patches] == [(1, h, w) for h in sides(height) for w in sides(width)]
     assert torch.equal(tiling.stitch(patches, height, width), image)
 
 
@@ -76,7 +86,7 @@ def test_stitch_drops_12_and_averages_8_pixel_for_pixel(height, width):
 
 def test_corner_where_four_patches_meet():
     one, two, three, four = (torch.full((3, 256, 256), value) for value in (0.0, 1.0, 10.0, 100.0))
-    image = tiling.stitch(torch.stack([one, two, three, four]), 480, 480)[0]
+    image = tiling.stitch([one, two, three, four], 480, 480)[0]
     assert (image[:236, :236] == 0).all() and (image[:236, 244:] == 1).all()
     assert (image[244:, :236] == 10).all() and (image[244:, 244:] == 100).all()
     assert (image[:236, 236:244] == 0.5).all() and (image[236:244, :236] == 5).all()
@@ -88,19 +98,19 @@ def test_corner_where_four_patches_meet():
 def test_pictures_own_borders_are_kept_whole(height, width):
     patches = random_patches(height, width)
     image = tiling.stitch(patches, height, width)
-    assert torch.equal(image[:, :12, :12], patches[0, :, :min(12, height), :min(12, width)])
-    last = patches[-1, :, :height - 224 * (tiling.count(height) - 1), :width - 224 * (tiling.count(width) - 1)]
+    assert torch.equal(image[:, :12, :12], patches[0][:, :min(12, height), :min(12, width)])
+    last = patches[-1][:, :height - 224 * (tiling.count(height) - 1), :width - 224 * (tiling.count(width) - 1)]
     assert torch.equal(image[:, -1:, -1:], last[:, -1:, -1:])
 
 
 @pytest.mark.parametrize("height, width", SIZES[::10])
 def test_split_extends_by_reflection(height, width):
     image = random_image(height, width, 3)
-    rows, cols = tiling.count(height), tiling.count(width)
-    pad = ((0, 0), (0, 224 * rows + 32 - height), (0, 224 * cols + 32 - width))
+    extended = [224 * (len(sides(size)) - 1) + sides(size)[-1] for size in (height, width)]
+    pad = ((0, 0), (0, extended[0] - height), (0, extended[1] - width))
     padded = np.pad(image.numpy(), pad, mode="reflect")
     for i, patch in enumerate(tiling.split(image)):
-        y, x = (224 * place for place in divmod(i, cols))
+        y, x = (224 * place for place in divmod(i, tiling.count(width)))
         assert np.array_equal(patch, padded[:, y:y + 256, x:x + 256])
 
 
@@ -110,21 +120,18 @@ def test_band_by_band_is_the_whole(height, width):
     arrived, cols = [], tiling.count(width)
 
     def rows():
-        for row in patches.split(cols):
-            arrived.append(row)
-            yield row
+        for start in range(0, len(patches), cols):
+            arrived.append(patches[start:start + cols])
+            yield arrived[-1]
 
     bands, waiting = [], []
     for band in tiling.stitch_rows(rows(), width):
         bands.append(band)
         waiting.append(len(arrived) * 224 - sum(band.shape[1] for band in bands))
     image = torch.cat(bands, 1)
-    assert image.shape == (2, 224 * tiling.count(height) + 32, width)
+    assert image.shape == (2, len(weights(height)[0]), width)
     assert torch.equal(image[:, :height], tiling.stitch(patches, height, width))
     assert max(waiting) <= 256  # bands leave as soon as they are finished
-    image = random_image(height, width)
-    strips = [tiling.split_band(image[:, tiling.band_rows(row, height)]) for row in range(len(arrived))]
-    assert torch.equal(torch.cat(strips), tiling.split(image))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,144 @@
+"""Charts and picture grids, drawn with Pillow: the figures of the paper and of the README.
+
+    python -m rng.figures runs/rng curves.png      training curves of a model folder
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from rng.errors import InputError, script
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
+FINE = 3          # charts are drawn so many times larger, then reduced: Pillow's lines are not smoothed
+MARGIN = 72, 28, 16, 52  # left, top, right and bottom of a chart's axes, pixels
+
+
+class Series(NamedTuple):
+    """One line or set of points of a chart; an empty name stays out of the legend; labels: a word beside each point."""
+
+    name: str
+    x: list
+    y: list
+    line: bool = True
+    labels: tuple = ()
+
+
+def ticks(low, high, most=6):
+    """Round numbers from low to high, at most `most` + 1 of them: 1, 2 or 5 times a power of ten apart."""
+    raw = (high - low) / most
+    power = 10 ** math.floor(math.log10(raw))
+    apart = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    return [apart * i for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
+
+
+def chart(series, x_label, y_label, title="", size=(600, 380)):
+    """Lines and points over two axes -> Image of `size` pixels."""
+    width, height = (FINE * side for side in size)
+    font = ImageFont.load_default(size=FINE * 12)
+    left, top, right, bottom = (FINE * side for side in MARGIN)
+    right += max(20 * FINE + font.getlength(one.name) if one.name else 0 for one in series)  # for the legend
+    right, bottom = width - right, height - bottom
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def limits(values):
+        low, high = min(values), max(values)
+        room = 0.06 * (high - low) or 0.06 * abs(high) or 1
+        return low - room, high + room
+
+    (x_low, x_high), (y_low, y_high) = (limits([v for s in series for v in s[axis]]) for axis in (1, 2))
+
+    def place(x, y):
+        return (left + (x - x_low) / (x_high - x_low) * (right - left),
+                bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
+
+    for value in ticks(x_low, x_high):
+        x, _ = place(value, y_low)
+        draw.line((x, top, x, bottom), "#dddddd", FINE)
+        draw.text((x, bottom + 5 * FINE), f"{value:g}", "black", font, "ma")
+    for value in ticks(y_low, y_high):
+        _, y = place(x_low, value)
+        draw.line((left, y, right, y), "#dddddd", FINE)
+        draw.text((left - 5 * FINE, y), f"{value:g}", "black", font, "rm")
+    draw.rectangle((left, top, right, bottom), outline="black", width=FINE)
+
+    for n, (one, colour) in enumerate(zip(series, COLOURS * len(series))):
+        points = [place(x, y) for x, y in zip(one.x, one.y)]
+        if one.line and len(points) > 1:
+            draw.line(points, colour, 2 * FINE, joint="curve")
+        for x, y in points if not one.line or len(points) < 30 else []:
+            draw.circle((x, y), 3.5 * FINE, colour)
+        for (x, y), label in zip(points, one.labels):
+            before = x > (left + right) / 2
+            draw.text((x + (-6 if before else 6) * FINE, y), label, colour, font, "rm" if before else "lm")
+        if one.name:
+            y = top + (10 + 16 * n) * FINE
+            draw.rectangle((right + 6 * FINE, y - 4 * FINE, right + 14 * FINE, y + 4 * FINE), colour)
+            draw.text((right + 20 * FINE, y), one.name, "black", font, "lm")
+
+    draw.text(((left + right) / 2, height - 6 * FINE), x_label, "black", font, "md")
+    draw.text((left, top - 6 * FINE), y_label, "black", font, "ld")
+    draw.text((right, top - 6 * FINE), title, "black", font, "rd")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def grid(rows, captions=(), gap=6):
+    """Pictures side by side and in rows -> Image; rows: lists of uint8 (H, W, 3) or Images; captions: of the columns."""
+    rows = [[picture if isinstance(picture, Image.Image) else Image.fromarray(picture) for picture in row] for row in rows]
+    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    heights = [max(picture.height for picture in row) for row in rows]
+    head = 22 if captions else 0
+    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), head + sum(heights) + gap * (len(rows) - 1)), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=14)
+    lefts = np.cumsum([0, *(width + gap for width in widths)])
+    tops = head + np.cumsum([0, *(height + gap for height in heights)])
+    for left, width, caption in zip(lefts, widths, captions):
+        draw.text((left + width / 2, head / 2), caption, "black", font, "mm")
+    for top, row in zip(tops, rows):
+        for left, picture in zip(lefts, row):
+            canvas.paste(picture, (int(left), int(top)))
+    return canvas
+
+
+def training_curves(folder):
+    """PSNR, loss and LPIPS against iterations, from train_recon.jsonl and train_gen.jsonl of a model folder -> Image."""
+    charts = []
+    for stage, network in (("recon", ""), ("gen", "RnG, fixed steps")):
+        path = folder / f"train_{stage}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        validated = [n for n, line in enumerate(lines) if "psnr" in line]
+        iterations = [lines[n]["iteration"] for n in validated]
+        for key in ("loss", "psnr", "lpips"):
+            curves = {network: key, "r": f"{key}_recon"}
+            if key == "loss":  # noisy: its mean since the validation before
+                means = [np.mean([line["loss"] for line in lines[start:stop]])
+                         for start, stop in zip([0, *(n + 1 for n in validated)], (n + 1 for n in validated))]
+                series = [Series("", iterations, means)]
+            else:
+                series = [Series(name, iterations, [lines[n][column] for n in validated])
+                          for name, column in curves.items() if validated and column in lines[validated[0]]]
+            if validated and series:
+                charts.append(chart(series, "iterations", key.upper() if key != "loss" else "training loss", path.name))
+    if not charts:
+        raise InputError(f"{folder} holds no train_recon.jsonl or train_gen.jsonl with validations; train first")
+    return grid([charts[i:i + 2] for i in range(0, len(charts), 2)])
+
+
+@script
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 2:
+        raise InputError("give a model folder and the PNG file to write: python -m rng.figures runs/rng curves.png")
+    training_curves(Path(argv[0])).save(argv[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
