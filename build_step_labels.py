@@ -68,14 +68,7 @@ def main(argv=None):
 
 def lpips_of_each_step(model, lpips, noisy, clean, seed):
     """noisy, clean: (3, H, W) in [0, 1]; one noise seed for all step counts -> list of 11 LPIPS values."""
-    x = noisy.expand(len(STEPS), -1, -1, -1).to(model.device)
-    height, width = x.shape[-2:]
-    y_r = model.reconstruct(x[:1]).expand_as(x)
-
-    def noise(key, index):
-        return tiling.patch_noise(seed, key, 0, 0)[:, :height, :width].expand(len(index), -1, -1, -1).to(model.device)
-
-    y = (y_r + model.generate(x, y_r, list(STEPS), noise)).clamp(0, 1)
+    y = model.at_each_step(noisy[None].to(model.device), seed).clamp(0, 1)  # (11, 3, H, W)
     with torch.no_grad():
         return [round(value, 6) for value in lpips(y, clean.expand_as(y).to(model.device)).tolist()]
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rng.errors import InputError, script
-from rng.images import EXTENSIONS, check_writable, read_picture, write_picture
+from rng.images import EXTENSIONS, check_writable, make_folder, read_picture, write_picture
 from rng.pipeline import RnG
 from rng.tiling import OVERLAP, STRIDE
 
@@ -95,13 +95,6 @@ def file_identity(path):
     """The same for all names and links of one file."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino
-
-
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the folder {folder}: {error.strerror.lower()}; name another") from error
 
 
 def progress_line(name):

@@ -2,6 +2,7 @@
 
     python evaluate.py --model runs/sidd --data sidd
     python evaluate.py --data images --root CBSD68 --sigma 15 25 50 --steps 20 100
+    python evaluate.py --data sidd --outputs restormer=results/restormer ldm=results/ldm --plot plane.png
     python evaluate.py --model runs/sidd --data sidd --split train --limit 16 --search-schedule
 """
 
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import crops, data, metrics, tiling
+from rng import crops, data, figures, metrics, panels, scoring, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
-from rng.pipeline import PEAK, RnG, find_folder, to_pixels
+from rng.images import make_folder, read_rgb, write_picture
+from rng.pipeline import PEAK, RnG, find_folder
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
 ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -41,13 +43,21 @@ def main(argv=None):
                         help="score 256 x 256 patches, as the paper, not whole images")
     parser.add_argument("--steps", type=number(int, 0, 2000), nargs="*", default=[20, 100],
                         help="fixed step counts to score beside r and RnG")
-    parser.add_argument("--detail", type=number(float, 0, 2), default=1.0, help="scale of the generated detail, 0 to 1")
+    parser.add_argument("--detail", type=number(float, 0, 2), nargs="+", default=[1.0],
+                        help="scales of the generated detail, 0 to 1, a row for each")
+    parser.add_argument("--outputs", type=named_folder, nargs="+", default=[], metavar="NAME=DIR",
+                        help="score other methods' pictures too, with the names of the data set's; for several sigmas in "
+                             "folders DIR/15, DIR/25, ...")
+    parser.add_argument("--save", type=Path, help="write every scored picture to this folder")
+    parser.add_argument("--plot", type=Path, help="draw PSNR against LPIPS (Fig. 1) into this PNG")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the generated detail")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="auto: bfloat16 where it pays")
     parser.add_argument("--lpips-backbone", help="file with AlexNet's convolutions; fetched once where not given")
     parser.add_argument("--csv", type=Path, default=Path("evaluation.csv"), help="the table as a file")
+    parser.add_argument("--figures", type=Path,
+                        help="instead of a table draw Figs. 3, 4 (with --outputs: Fig. 6) and 5 into this folder; with --limit 3")
     parser.add_argument("--search-schedule", action="store_true",
                         help="find the end point of 1 - alpha for each step count by LPIPS, write MODEL/schedule.json; "
                              "on patches of --centre-crop, never on the pictures you test on")
@@ -63,26 +73,17 @@ def main(argv=None):
         args.sigma = [None]
     elif args.sigma is None:
         args.sigma = [20, 35, 50] if args.data == "div2k" else [15, 25, 50]
-    return search_schedule(args, model, some) if args.search_schedule else score(args, model, some)
+    if args.search_schedule:
+        return search_schedule(args, model, some)
+    return draw(args, model, some) if args.figures else score(args, model, some)
 
 
-def inputs(args, item, sigma):
-    """-> (clean, noisy): uint8 and, where noise is added, float32 (H, W, 3)."""
-    clean, noisy = item.read()
-    if args.centre_crop:
-        height, width = clean.shape[:2]
-        top, left = max(0, height - args.centre_crop) // 2, max(0, width - args.centre_crop) // 2
-        here = np.s_[top:top + args.centre_crop, left:left + args.centre_crop]
-        clean, noisy = clean[here], noisy if noisy is None else noisy[here]
-    if noisy is None:
-        noisy = data.noisy_version(clean, sigma)
-        noisy = eight_bit(noisy) if args.clip_noisy else noisy
-    return clean, noisy
-
-
-def eight_bit(image):
-    """numpy (H, W, 3), uint8 or float in [0, 1] units -> uint8."""
-    return image if image.dtype == np.uint8 else to_pixels(image, np.dtype(np.uint8))
+def named_folder(text):
+    """"NAME=DIR" -> (NAME, Path)."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form NAME=DIR")
+    return name, Path(folder)
 
 
 def protocol(args, some):
@@ -95,56 +96,105 @@ def protocol(args, some):
     part = f"centre {args.centre_crop} x {args.centre_crop}" if args.centre_crop else "whole images"
     patches = ", scored on 256 x 256 patches" if args.metric_patches else ""
     return (f"Protocol: {len(some)} pictures of {args.data}, {part}{patches}; {noise}; output rounded to 8 bit; "
-            f"PSNR on RGB, SSIM on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}, detail {args.detail:g}.")
+            f"PSNR on RGB, SSIM on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}.")
 
 
 def score(args, model, some):
     """Prints the table and writes it as CSV."""
     lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
-    methods = {"noisy input": None, "r alone": 0}
-    if model.gen:
-        methods |= {f"{steps} steps": steps for steps in args.steps}
-    if model.gen and model.controller:
-        methods["RnG (s chooses)"] = "auto"
+    outputs = {name: [scoring.output_files(folder / f"{sigma:g}" if len(args.sigma) > 1 else folder, some)
+                      for sigma in args.sigma] for name, folder in args.outputs}
     rows = []
-    for sigma in args.sigma:
-        results = {name: [] for name in methods}
+    for place, sigma in enumerate(args.sigma):
+        results = {}
         for n, item in enumerate(some):
             if sys.stderr.isatty():
                 print(f"\rsigma {sigma}: picture {n + 1}/{len(some)} \r", end="", file=sys.stderr, flush=True)
-            clean, noisy = inputs(args, item, sigma)
-            for name, steps in methods.items():
-                if steps is None:
-                    image, taken = eight_bit(noisy), np.nan
-                else:
-                    parts = model.denoise(noisy, steps, args.seed, args.detail, parts=True)
-                    image, taken = eight_bit(parts.image), parts.steps.mean()
-                results[name].append([*measure(args, lpips, image, clean), taken])
+            clean, noisy = scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy)
+            stem = Path(item.name).stem
+            files = {name: files[place][stem] for name, files in outputs.items()}
+            for name, image, taken in pictures(args, model, clean, noisy, files):
+                results.setdefault(name, []).append([*scoring.measure(lpips, image, clean, args.metric_patches), taken])
+                if args.save:
+                    folder = args.save / name / (f"{sigma:g}" if len(args.sigma) > 1 else "")
+                    make_folder(folder)
+                    write_picture(folder / f"{stem}.png", image)
         rows += [(sigma, name, *np.mean(values, axis=0)) for name, values in results.items()]
+        fixed = np.array([results[name] for name in results if name == "r alone" or name.endswith(" steps")])
+        if lpips and len(fixed) > 2:  # (counts, pictures, columns)
+            best = fixed[fixed[..., 0].argmin(axis=0), np.arange(len(some))]
+            rows.append((sigma, "best of these counts for each picture", *best.mean(axis=0)))
+    names = [row[1] for row in rows[:len(rows) // len(args.sigma)]]
     if len(args.sigma) > 1:
-        rows += [("mean", name, *np.mean([row[2:] for row in rows if row[1] == name], axis=0)) for name in methods]
+        rows += [("mean", name, *np.mean([row[2:] for row in rows if row[1] == name], axis=0)) for name in names]
     print(protocol(args, some), end="\n\n")
     print("| sigma | method | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (2 + len(COLUMNS)))
     for sigma, name, *values in rows:
         cells = ["-" if np.isnan(value) else f"{value:.{digits}f}" for value, digits in zip(values, (4, 3, 2, 4, 1))]
         print(f"| {'-' if sigma is None else sigma} | {name} | " + " | ".join(cells) + " |")
     write_whole(args.csv, lambda file: csv.writer(file).writerows([("sigma", "method", *COLUMNS), *rows]))
+    if args.plot:
+        write_picture(args.plot, np.asarray(perception_distortion(args, rows[-len(names):])))
     return 0
 
 
-def measure(args, lpips, image, clean):
-    """image, clean: uint8 (H, W, 3) -> [LPIPS, NIQE, PSNR, SSIM], nan where a metric is not to be had."""
-    x, y = (crops.to_tensor(picture).float()[None] / 255 for picture in (image, clean))
-    if args.metric_patches:
-        height, width = (side // tiling.PATCH for side in image.shape[:2])
-        if not height * width:
-            raise InputError("--metric-patches needs pictures of at least 256 x 256 pixels; leave it out")
-        x, y = (z.unfold(2, 256, 256).unfold(3, 256, 256)[0].flatten(1, 2).transpose(0, 1).contiguous() for z in (x, y))
-    small = min(x.shape[-2:]) < 96 or max(x.shape[-2:]) < 192  # NIQE needs two blocks of 96 x 96
-    with torch.no_grad():
-        return [lpips(x, y).mean().item() if lpips else np.nan,
-                np.nan if small else metrics.niqe(x).mean().item(),
-                metrics.psnr(x, y).mean().item(), metrics.ssim(x, y).mean().item()]
+def pictures(args, model, clean, noisy, files):
+    """Yields (name, picture uint8, mean steps or nan) for each row of the table; files: {method: its picture}."""
+    yield "ground truth", clean, np.nan
+    yield "noisy input", scoring.eight_bit(noisy), np.nan
+    counts = {"r alone": 0}
+    if model.gen:
+        counts |= {f"{steps} steps": steps for steps in args.steps}
+    if model.gen and model.controller:
+        counts["RnG"] = "auto"
+    for name, steps in counts.items():
+        parts = model.denoise((noisy / PEAK[noisy.dtype]).astype(np.float32), steps, args.seed, parts=True)
+        for detail in args.detail if steps else [1.0]:
+            image = scoring.eight_bit(parts.recon + detail * parts.residual)
+            yield name if len(args.detail) == 1 or not steps else f"{name}, detail {detail:g}", image, parts.steps.mean()
+    for name, path in files.items():
+        image = scoring.centre(read_rgb(path), args.centre_crop)
+        if image.shape != clean.shape:
+            raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, its clean picture {clean.shape[1]} x "
+                             f"{clean.shape[0]} pixels; they must be of one size")
+        yield name, image, np.nan
+
+
+def perception_distortion(args, rows):
+    """Fig. 1's plane, PSNR against LPIPS, of the rows of one sigma (or their mean) -> Image."""
+    shown = [row for row in rows if np.isfinite(row[4]) and row[1] not in ("noisy input", "ground truth")]
+    if any(np.isnan(row[2]) for row in shown):
+        raise InputError("--plot needs LPIPS, and its backbone could not be had; give --lpips-backbone")
+    kinds = {"fixed steps": [row for row in shown if " steps" in row[1]],
+             "RnG": [row for row in shown if row[1].startswith("RnG")]}
+    series = [figures.Series(name, [row[4] for row in some], [row[2] for row in some],
+                             labels=[row[1].replace("RnG, ", "").replace(" steps", "") for row in some])
+              for name, some in kinds.items() if some]
+    in_lines = [row for some in kinds.values() for row in some]
+    series += [figures.Series(row[1], [row[4]], [row[2]]) for row in shown if row not in in_lines]
+    return figures.chart(series, "PSNR, dB", "LPIPS, lower is better", "" if args.sigma == [None] else f"sigma {rows[0][0]}")
+
+
+def draw(args, model, some):
+    """The paper's Figs. 3 to 6 for some pictures with the first sigma, into --figures."""
+    if model.gen is None:
+        raise InputError("the figures show what g does; train it first")
+    lpips = metrics.LPIPS(args.lpips_backbone)
+    outputs = {name: scoring.output_files(folder, some) for name, folder in args.outputs}
+    make_folder(args.figures)
+    over_steps, crops_of = [], []
+    for item in some:
+        clean, noisy = scoring.inputs(item, args.sigma[0], args.centre_crop, args.clip_noisy)
+        over_steps.append(panels.steps_row(model, lpips, clean, noisy, args.seed))
+        files = {name: files[Path(item.name).stem] for name, files in outputs.items()}
+        named = {name: image for name, image, _ in pictures(args, model, clean, noisy, files)}
+        crops_of.append(panels.crops_row(named, clean))
+        if item is some[0]:
+            write_picture(args.figures / "fig5.png", np.asarray(figures.grid(
+                panels.residual_rows(model, clean, noisy, args.seed))))
+    write_picture(args.figures / "fig3.png", np.asarray(figures.grid(over_steps)))
+    write_picture(args.figures / "fig4.png", np.asarray(figures.grid(crops_of)))
+    return 0
 
 
 def search_schedule(args, model, some):
@@ -153,7 +203,7 @@ def search_schedule(args, model, some):
         raise InputError("the schedule is searched with g; train it first")
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
     args.centre_crop = min(args.centre_crop or tiling.PATCH, tiling.PATCH)
-    pairs = [inputs(args, item, sigma) for sigma in args.sigma for item in some]
+    pairs = [scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy) for sigma in args.sigma for item in some]
     if len({clean.shape for clean, _ in pairs}) > 1:
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
     if min(pairs[0][0].shape[:2]) < metrics.LPIPS_SIZE:

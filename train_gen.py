@@ -17,10 +17,10 @@ from rng.pipeline import RnG, condition
 from rng.unet import UNet
 
 PRESETS = {
-    "paper": dict(base=64, blocks=3, train_end=0.01, iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False,
-                  weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
-    "small": dict(base=32, blocks=1, train_end=0.006, iterations=10000, batch=16, crop=64, lr=4e-4, cosine=True,
-                  weight_decay=1e-4, clip_grad=1.0, ema=0.999),
+    "paper": dict(base=64, multipliers=[1, 2, 3, 4], blocks=3, train_end=0.01, iterations=1_000_000, batch=256,
+                  crop=128, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
+    "small": dict(base=32, multipliers=[1, 2, 4, 6], blocks=1, train_end=0.006, iterations=45000, batch=16,
+                  crop=64, lr=1e-3, cosine=True, weight_decay=1e-4, clip_grad=1.0, ema=0.999),
 }
 T_TRAIN = 2000          # steps of the paper's fine-grained training schedule
 VALIDATION_STEPS = 100  # inverse steps of the validation LPIPS: fewer leave grain that hides what g has learned
@@ -31,6 +31,7 @@ SCALE_BATCHES = 32      # on which the residual's standard deviation is measured
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=number(int, 1), help="* g's channels at full resolution")
+    parser.add_argument("--multipliers", type=number(int, 1), nargs="+", help="* of base, g's channels at each level")
     parser.add_argument("--blocks", type=number(int, 1), help="* g's residual blocks per level")
     parser.add_argument("--train-end", type=number(float, 1e-6, 0.99),
                         help="* end point of 1 - alpha in training, where t runs to 2000; 0.006 leaves out noise levels "
@@ -49,12 +50,12 @@ def main(argv=None):
     args = training.parse(parser, PRESETS, argv)
 
     torch.manual_seed(args.seed)
-    g = UNet(args.base, blocks=args.blocks, conditions=2 if args.condition == "both" else 1)
+    g = UNet(args.base, args.multipliers, args.blocks, conditions=2 if args.condition == "both" else 1)
     if args.scheme == "two-stage":
         r = checkpoint.load_recon(args.model / "recon.pt").requires_grad_(False)
         networks = {"gen": g}
     else:
-        r = UNet(args.base, blocks=args.blocks, noise_level=False)
+        r = UNet(args.base, args.multipliers, args.blocks, noise_level=False)
         networks = {"gen": g, "recon": r}
     r = r.to(device.pick(args.device), memory_format=torch.channels_last)
     stream, held_out = crops.training_stream(args, ddpm.linear_schedule(T_TRAIN, args.train_end))
@@ -73,7 +74,7 @@ def main(argv=None):
         x = held_out["noisy"].to(run.device)
         y_r = model.reconstruct(x)
         d_0 = model.generate(x, y_r, [VALIDATION_STEPS] * len(x), fixed_noise(x))
-        scores = {}
+        scores = {"generated_std": d_0.std().item(), "residual_std": (held_out["clean"] - y_r.cpu()).std().item()}
         for name, y in (("", y_r + d_0), ("_recon", y_r)):
             y = y.clamp(0, 1).cpu()
             scores[f"psnr{name}"] = metrics.psnr(y, held_out["clean"]).mean().item()

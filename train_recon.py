@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rng import checkpoint, crops, metrics, training
+from rng import checkpoint, crops, device, metrics, training
 from rng.errors import InputError, number, script
 from rng.nafnet import NAFNet
 from rng.unet import UNet
@@ -37,6 +37,9 @@ def main(argv=None):
     parser.add_argument("--base", type=number(int, 1), help="* the U-Net's channels at full resolution")
     parser.add_argument("--blocks", type=number(int, 1), help="* the U-Net's residual blocks per level")
     parser.add_argument("--loss", choices=["mse", "psnr"], help="* mse: Eq. 4 with p = 2; psnr: NAFNet's own")
+    parser.add_argument("--perceptual-weight", type=number(float, 0), default=0.0,
+                        help="so many times LPIPS is added to the loss: Table 2's NAFNet with perceptual loss (default: 0)")
+    parser.add_argument("--lpips-backbone", help="AlexNet weights for it")
     parser.add_argument("--init", type=Path,
                         help="start from this recon.pt or official NAFNet checkpoint, whose sizes win")
     training.add_crop_arguments(parser)
@@ -61,11 +64,15 @@ def main(argv=None):
     def publish(networks, info):
         checkpoint.save_weights(args.model / "recon.pt", "recon", r.config, networks["recon"], info)
 
+    lpips = metrics.LPIPS(args.lpips_backbone).to(device.pick(args.device)) if args.perceptual_weight else None
     run = training.Run(args, "recon", {"recon": r}, stream, validate, publish)
     for batch in run.batches():
         with run.autocast():
             estimate = r(batch["noisy"])                                            # (N, 3, crop, crop)
-        run.step(training.reconstruction_loss(batch["clean"], estimate, args.loss))  # Eq. 4
+        loss = training.reconstruction_loss(batch["clean"], estimate, args.loss)    # Eq. 4
+        if lpips:
+            loss = loss + args.perceptual_weight * lpips(estimate.float(), batch["clean"]).mean()
+        run.step(loss)
     return 0
 
 

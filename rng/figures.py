@@ -88,22 +88,25 @@ def chart(series, x_label, y_label, title="", size=(600, 380)):
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def grid(rows, captions=(), gap=6):
-    """Pictures side by side and in rows -> Image; rows: lists of uint8 (H, W, 3) or Images; captions: of the columns."""
-    rows = [[picture if isinstance(picture, Image.Image) else Image.fromarray(picture) for picture in row] for row in rows]
+def captioned(picture, text, zoom=1):
+    """picture: uint8 (H, W, 3) or Image, enlarged without smoothing -> Image with a line of text below it."""
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
+    canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
+    canvas.paste(picture)
+    centre = canvas.width / 2, picture.height + 11
+    ImageDraw.Draw(canvas).text(centre, text, "black", ImageFont.load_default(size=13), "mm")
+    return canvas
+
+
+def grid(rows, gap=6):
+    """Images side by side and in rows -> Image; rows: lists of Images."""
     widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    heights = [max(picture.height for picture in row) for row in rows]
-    head = 22 if captions else 0
-    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), head + sum(heights) + gap * (len(rows) - 1)), "white")
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=14)
-    lefts = np.cumsum([0, *(width + gap for width in widths)])
-    tops = head + np.cumsum([0, *(height + gap for height in heights)])
-    for left, width, caption in zip(lefts, widths, captions):
-        draw.text((left + width / 2, head / 2), caption, "black", font, "mm")
-    for top, row in zip(tops, rows):
-        for left, picture in zip(lefts, row):
-            canvas.paste(picture, (int(left), int(top)))
+    heights = [max(image.height for image in row) for row in rows]
+    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(rows) - 1)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            canvas.paste(image, (sum(widths[:x]) + gap * x, sum(heights[:y]) + gap * y))
     return canvas
 
 

@@ -169,6 +169,14 @@ def _check_size(path, width, height):
         raise InputError(f"{path} has {width} x {height} pixels, more than 100 megapixels; cut it into pieces")
 
 
+def make_folder(folder):
+    """Creates a folder and its parents where they are missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {folder}: {error.strerror.lower()}; name another") from error
+
+
 def write_picture(path, pixels, like=None):
     """Writes pixels to a file whose extension names the format; returns notes on what that format cannot keep.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rng import checkpoint, ddpm, device, tiling
+from rng.controller import STEPS
 from rng.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -126,6 +127,17 @@ class RnG:
                           batch or BATCH[self.device.type], callback)
         scale = [self.details.get(T, 1.0) / self.settings["residual_scale"] for T in steps]
         return d_0 * torch.tensor(scale, device=self.device)[:, None, None, None]
+
+    def at_each_step(self, x, seed):
+        """One noisy patch x (1, 3, H, W), H and W up to 256 -> y after 0, 10, ..., 100 steps with one seed, (11, 3, H, W)."""
+        x = x.expand(len(STEPS), -1, -1, -1)
+        y_r = self.reconstruct(x[:1])
+
+        def noise(key, index):
+            field = tiling.patch_noise(seed, key, 0, 0)[:, :x.shape[2], :x.shape[3]]
+            return field.expand(len(index), -1, -1, -1).to(self.device)
+
+        return y_r + self.generate(x, y_r.expand_as(x), list(STEPS), noise)
 
     def denoise(self, image, steps="auto", seed=0, detail=1.0, batch=None, progress=None, parts=False):
         """Algorithm 1 on an image of any size.

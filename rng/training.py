@@ -14,6 +14,7 @@ import torch
 
 from rng import checkpoint, data, device
 from rng.errors import InputError, number
+from rng.images import make_folder
 
 REPORT_EVERY = 50  # iterations
 # Options that may change between two runs of one training without changing its result.
@@ -39,7 +40,7 @@ def parse(parser, presets, argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="auto: bfloat16 where it pays (default)")
-    chosen = argparse.ArgumentParser(add_help=False)
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--preset", choices=sorted(presets), default="paper")
     parser.set_defaults(**presets[chosen.parse_known_args(argv)[0].preset])
     return parser.parse_args(argv)
@@ -61,14 +62,6 @@ def reconstruction_loss(clean, estimate, kind="mse"):
     """
     squared = (clean - estimate.float()).square()
     return squared.mean() if kind == "mse" else 10 * torch.log10(squared.mean(dim=(1, 2, 3)) + 1e-8).mean()
-
-
-def make_folder(folder):
-    """Creates a folder and its parents where they are missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be a folder to write to; name another one") from error
 
 
 class Run:

@@ -122,7 +122,8 @@ def test_the_model_folder(chain):
 
 def test_stage_2_validates_with_lpips(chain):
     last = json.loads((chain.model / "train_gen.jsonl").read_text().splitlines()[-1])
-    assert {"iteration", "images_per_s", "loss", "psnr", "psnr_recon", "lpips", "lpips_recon"} == last.keys()
+    assert {"iteration", "images_per_s", "loss", "generated_std", "residual_std",
+            "psnr", "psnr_recon", "lpips", "lpips_recon"} == last.keys()
 
 
 def test_schedule(chain):
@@ -185,15 +186,17 @@ def test_table(chain):
     [protocol] = [line for line in result.out.splitlines() if line.startswith("Protocol: ")]
     assert "2 pictures" in protocol and "not clipped" in protocol and "PSNR on RGB" in protocol
     rows = table(result.out)
-    methods = ["noisy input", "r alone", "0 steps", "10 steps", "RnG (s chooses)"]
+    methods = ["ground truth", "noisy input", "r alone", "0 steps", "10 steps", "RnG", "best of these counts for each picture"]
     assert [row[1] for row in rows] == 3 * methods
-    assert [row[0] for row in rows[::5]] in (["15.0", "50.0", "mean"], ["15", "50", "mean"])
-    for noisy, r, zero, ten, chosen in (rows[i:i + 5] for i in (0, 5, 10)):
-        assert noisy[-1] == "-" and [row[-1] for row in (r, zero, ten)] == ["0.0", "0.0", "10.0"]
+    assert [row[0] for row in rows[::7]] in (["15.0", "50.0", "mean"], ["15", "50", "mean"])
+    for truth, noisy, r, zero, ten, chosen, best in (rows[i:i + 7] for i in (0, 7, 14)):
+        assert truth[-1] == noisy[-1] == "-" and [row[-1] for row in (r, zero, ten)] == ["0.0", "0.0", "10.0"]
+        assert [truth[2], *truth[4:6]] == ["0.0000", "inf", "1.0000"]
         assert r[2:6] == zero[2:6] != ten[2:6]
         assert 0 <= float(chosen[-1]) <= 100
-        assert all(np.isfinite(float(cell)) for row in (noisy, r, ten, chosen) for cell in row[2:6])
-    assert float(rows[0][4]) == pytest.approx(20 * np.log10(255 / 15), abs=0.7)  # a little more, by clipping to 8 bit
+        assert all(np.isfinite(float(cell)) for row in (noisy, r, ten, chosen, best) for cell in row[2:6])
+        assert float(best[2]) <= min(float(r[2]), float(ten[2])) and 0 <= float(best[-1]) <= 10
+    assert float(rows[1][4]) == pytest.approx(20 * np.log10(255 / 15), abs=0.7)  # a little more, by clipping to 8 bit
 
     with open(chain.model.parent / "table.csv", newline="") as file:
         head, *lines = csv.reader(file)
@@ -206,7 +209,7 @@ def test_table(chain):
 
 def test_mean_row(chain):
     rows = table(chain.results["evaluate"].out)
-    for low, high, mean in zip(rows[:5], rows[5:10], rows[10:]):
+    for low, high, mean in list(zip(rows[:7], rows[7:14], rows[14:]))[1:]:
         assert float(mean[4]) == pytest.approx((float(low[4]) + float(high[4])) / 2, abs=0.011)
 
 
@@ -327,7 +330,7 @@ def test_without_lpips_the_other_metrics_show(chain, model, monkeypatch):
     result = score(chain, model, "--sigma", 25, backbone=False)
     assert result.code == 0 and not result.errors
     assert "--lpips-backbone" in result.err  # says how to get it
-    for row in table(result.out):
+    for row in table(result.out)[1:]:
         assert row[2] == "-" and all(np.isfinite(float(cell)) for cell in row[3:6])
     assert Path("evaluation.csv").exists()
 
@@ -343,7 +346,7 @@ def test_clip_noisy_rounds_the_input_to_8_bit(chain, model, monkeypatch):
 
     def remember(self, image, steps, *args, **options):
         inputs.append(image)
-        return pipeline.Parts(image, image, image, np.zeros((1, 1), int))
+        return pipeline.Parts(image, image, np.zeros_like(image), np.zeros((1, 1), int))
 
     monkeypatch.setattr(RnG, "denoise", remember)
     (model / "controller.pt").unlink()
@@ -354,7 +357,7 @@ def test_clip_noisy_rounds_the_input_to_8_bit(chain, model, monkeypatch):
         tables.append(table(result.out))
     clean = read_rgb(chain.pictures / "0.png")
     noisy = clean / 255 + np.random.RandomState(0).normal(0, 50 / 255, clean.shape)
-    np.testing.assert_array_equal(inputs[0], (noisy.clip(0, 1) * 255).round().astype(np.uint8))
+    np.testing.assert_allclose(inputs[0], (noisy.clip(0, 1) * 255).round() / 255, atol=1e-6)
     np.testing.assert_allclose(inputs[1], noisy, atol=1e-6)
     assert inputs[1].dtype == np.float32 and inputs[1].min() < 0
     assert tables[0] == tables[1]  # the output is rounded in any case
@@ -373,7 +376,7 @@ def test_metric_patches(chain, model, tmp_path):
     noisy = clean / 255 + np.random.RandomState(0).normal(0, 25 / 255, clean.shape)
     noisy = (noisy.clip(0, 1) * 255).round()
     expected = np.mean([psnr(noisy[:, here], clean[:, here]) for here in (np.s_[:256], np.s_[256:512])])
-    assert table(result.out)[0][4] == f"{expected:.2f}"
+    assert table(result.out)[1][4] == f"{expected:.2f}"
     assert len(score(chain, model, "--sigma", 25, "--metric-patches").errors) == 1  # 100 x 200 is too small
 
 
@@ -384,10 +387,10 @@ def test_pairs_have_their_own_noise(chain, model, tmp_path):
     result = score(chain, model, "--centre-crop", 64, data="pairs", root=tmp_path / "pairs")
     assert result.code == 0 and "real noise" in result.out and "centre 64 x 64" in result.out
     rows = table(result.out)
-    assert [row[:2] for row in rows] == [["-", "noisy input"], ["-", "r alone"]]
+    assert [row[:2] for row in rows] == [["-", "ground truth"], ["-", "noisy input"], ["-", "r alone"]]
     assert all(row[3] == "-" for row in rows)  # too small for NIQE
     noisy, clean = (read_rgb(tmp_path / "pairs" / side / "a.png")[18:82, 68:132] for side in ("noisy", "clean"))
-    assert rows[0][4] == f"{psnr(noisy, clean):.2f}"
+    assert rows[1][4] == f"{psnr(noisy, clean):.2f}"
 
 
 # Bad input: one sentence, exit code 2, nothing written.

@@ -1,0 +1,86 @@
+"""Solutions of two exercises of docs/exercises.md, with no change to rng/."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rng import ddpm
+from rng.controller import STEPS, StepController
+from rng.pipeline import RnG, condition
+from rng.unet import UNet
+
+
+class DDIM(RnG):
+    """Exercise 1: steps back without fresh noise (Song et al., 2021)."""
+
+    @torch.inference_mode()
+    def generate(self, x, y_r, steps, noise, variance="paper", batch=None, callback=None):
+        d = torch.zeros_like(x)
+        cond = condition(self.settings["condition"], x, y_r)
+        for i, T in enumerate(steps):
+            if not T:
+                continue
+            gamma = self.schedule(T).gamma
+            d_t = noise(0, [i])
+            for t in range(T, 0, -1):
+                eps_hat = self.gen(cond[i:i + 1], d_t, torch.tensor([gamma[t]])).float()
+                d_0 = (d_t - math.sqrt(1 - gamma[t]) * eps_hat) / math.sqrt(gamma[t])
+                d_t = math.sqrt(gamma[t - 1]) * d_0 + math.sqrt(1 - gamma[t - 1]) * eps_hat
+            d[i] = d_t[0] / self.settings["residual_scale"]
+        return d
+
+
+class Knows(nn.Module):
+    """A g that knows the residual it should generate."""
+
+    def __init__(self, d_0):
+        super().__init__()
+        self.d_0 = d_0
+
+    def forward(self, x, d_t, gamma):
+        gamma = gamma[:, None, None, None]
+        return ((d_t - gamma.sqrt() * self.d_0) / (1 - gamma).sqrt()).float()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_ddim_returns_what_a_perfect_network_knows(steps, seed):
+    generator = np.random.default_rng(seed)
+    d_0 = torch.from_numpy(generator.standard_normal((1, 3, 64, 64)))
+    model = DDIM(nn.Identity(), Knows(d_0), {"condition": "noisy", "target": "residual", "residual_scale": 20.0},
+                 device_name="cpu", precision="float32")
+    image = generator.uniform(0.3, 0.7, (64, 64, 3)).astype(np.float32)
+    expected = image + d_0[0].permute(1, 2, 0).numpy() / 20
+    assert np.abs(model.denoise(image, steps) - expected.clip(0, 1)).max() < 1e-4
+
+
+class Expectation(StepController):
+    """Exercise 4: the mean of the step count under s's probabilities, rounded to the nearest class."""
+
+    def predict_steps(self, x):
+        counts = torch.tensor(STEPS, dtype=torch.float32, device=x.device)
+        mean = self(x).float().softmax(dim=1) @ counts
+        return 10 * (mean / 10).round().long()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expectation_of_a_controller_that_is_sure_is_its_argmax(seed):
+    torch.manual_seed(seed)
+    s = Expectation(4).eval()
+    s.fc.weight.data *= 1e6
+    x = torch.rand(8, 3, 32, 32)
+    assert torch.equal(s.predict_steps(x), StepController.predict_steps(s, x))
+
+
+def test_expectation_between_0_and_100_is_50():
+    s = Expectation(4).eval()
+    nn.init.zeros_(s.fc.weight)
+    s.fc.bias.data = torch.tensor([20.0] + [0.0] * 9 + [20.0])
+    model = RnG(nn.Identity(), UNet(4, blocks=1), {"condition": "noisy", "target": "residual", "residual_scale": 9.0}, s,
+                device_name="cpu")
+    assert StepController.predict_steps(s, torch.rand(1, 3, 32, 32)).tolist() == [0]
+    parts = model.denoise(np.random.default_rng(0).random((64, 64, 3), np.float32), parts=True)
+    assert parts.steps.tolist() == [[50]] and ddpm.default_end(50) == 0.2
