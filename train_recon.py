@@ -71,7 +71,7 @@ def main(argv=None):
             estimate = r(batch["noisy"])                                            # (N, 3, crop, crop)
         loss = training.reconstruction_loss(batch["clean"], estimate, args.loss)    # Eq. 4
         if lpips:
-            loss = loss + args.perceptual_weight * lpips(estimate.float(), batch["clean"]).mean()
+            loss = loss + args.perceptual_weight * lpips(estimate.float().clamp(0, 1), batch["clean"]).mean()
         run.step(loss)
     return 0
 
