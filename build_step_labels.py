@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import crops, data, metrics, tiling
+from rng import checkpoint, crops, data, metrics, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.pipeline import RnG, find_folder
@@ -45,6 +45,9 @@ def main(argv=None):
     path = find_folder(args.model) / "step_labels.jsonl"
     done = drop_torn_line(path)
 
+    made_with = model.gen and checkpoint.fingerprint(model.gen)
+    if done and f'"gen": {json.dumps(made_with)}' not in path.read_text().splitlines()[0]:
+        raise InputError(f"{path} was made with another gen.pt; remove it, or give another --model")
     started = time.time()
     for n in range(done, args.patches):
         generator = np.random.default_rng([args.seed, crops.LABELS, n])
@@ -54,7 +57,7 @@ def main(argv=None):
         top, left = crops.random_place(clean, args.size, generator)
         sigma, clip = mix.draw(generator) if noisy is None else (None, False)
         label = {"set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma, "clip": clip,
-                 "seed": int(generator.integers(2 ** 32))}
+                 "seed": int(generator.integers(2 ** 32)), "gen": made_with}
         label["lpips"] = lpips_of_each_step(model, lpips, *crops.labelled_patch(clean, noisy, label), label["seed"])
         label["best"] = STEPS[int(np.argmin(label["lpips"]))]  # ties go to the smaller step
         with open(path, "a") as file:

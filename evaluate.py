@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import crops, data, figures, metrics, panels, scoring, tiling
+from rng import checkpoint, crops, data, figures, metrics, panels, scoring, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.images import make_folder, read_rgb, write_picture
@@ -66,7 +66,7 @@ def main(argv=None):
                         help="scales of d_0 to search beside them; the paper knows only 1")
     args = parser.parse_args(argv)
 
-    model = RnG.load(args.model, args.device, args.precision)
+    model = RnG.load(args.model, args.device, args.precision, schedule=not args.search_schedule)
     some = data.items(args.data, args.root, args.split)
     some = data.evenly(some, args.limit or len(some))
     if some[0].noisy is not None:
@@ -222,7 +222,7 @@ def search_schedule(args, model, some):
 
     print(protocol(args, some) + " In brackets: the best detail.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " |\n|" + "---|" * (1 + len(args.ends)))
-    found = {"end": {}, "detail": {}}
+    found = {"gen": checkpoint.fingerprint(model.gen), "end": {}, "detail": {}}
     for steps in STEPS[1:]:
         scores = []
         for end in args.ends:

@@ -18,7 +18,7 @@ from rng import checkpoint, crops, data, training
 from rng.controller import STEPS, StepController
 from rng.errors import InputError, number, script
 
-LABEL = {"set", "image", "top", "left", "size", "sigma", "clip", "seed", "lpips"}
+LABEL = {"set", "image", "top", "left", "size", "sigma", "clip", "seed", "gen", "lpips"}
 
 # iterations: 30 epochs of 20,000 patches; 60 of 1,000
 PRESETS = {
@@ -33,6 +33,9 @@ def main(argv=None):
     parser.add_argument("--data", nargs="+", choices=data.NAMES, default=["sidd"], help="data sets of the labels")
     parser.add_argument("--root", nargs="+", help="folder of each data set (default: datasets/NAME)")
     parser.add_argument("--c", type=number(int, 1), help="* channels of s's first block")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0,
+                        help="0: cross-entropy with the best step, as in the paper (default); above 0: with "
+                             "softmax(-LPIPS / temperature), which learns from all 11 values of a label")
     parser.add_argument("--holdout", type=number(float, 0, 1), default=0.2,
                         help="share of the labels kept for validation (default: 0.2)")
     args = training.parse(parser, PRESETS, argv)
@@ -42,6 +45,7 @@ def main(argv=None):
     if held_out >= len(patches):
         raise InputError(f"{len(patches)} labels are too few to train on; run build_step_labels.py with more --patches")
     best = scores.argmin(dim=1)                                                    # ties go to the smaller step
+    target = (scores / -args.temperature).softmax(dim=1) if args.temperature else F.one_hot(best, len(STEPS)).float()
 
     def stream(start, stop):
         """Random patches of those not held out, flipped and rotated: a function of (seed, iteration)."""
@@ -51,7 +55,7 @@ def main(argv=None):
             turns, flips = generator.integers(4, size=args.batch), generator.integers(2, size=args.batch)
             x = [torch.rot90(patch.flip(2) if flip else patch, turn, (1, 2))
                  for patch, turn, flip in zip(patches[index], turns.tolist(), flips)]
-            yield {"x": torch.stack(x).float(), "best": best[index]}
+            yield {"x": torch.stack(x).float(), "target": target[index]}
 
     def validate(networks):
         """Accuracy, and the LPIPS reached by the predicted steps beside the best fixed count's and the oracle's."""
@@ -77,7 +81,7 @@ def main(argv=None):
     for batch in run.batches():
         with run.autocast():
             logits = s(batch["x"])                                                 # (N, 11)
-        run.step(F.cross_entropy(logits.float(), batch["best"]))
+        run.step(F.cross_entropy(logits.float(), batch["target"]))
     return 0
 
 
@@ -96,6 +100,8 @@ def labelled_patches(args):
         raise InputError(f"{path} does not exist; run build_step_labels.py first") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
+    if {label["gen"] for label in labels} - {checkpoint.fingerprint(checkpoint.load_gen(args.model / "gen.pt")[0])}:
+        raise InputError(f"{path} was made with another gen.pt; remove it and run build_step_labels.py again")
     if len(shapes) != 1:
         raise InputError(f"{path} holds no labels, or patches of several sizes; run build_step_labels.py with one --size")
     sets, _ = data.training_items(args, 0)

@@ -83,9 +83,10 @@ def main(argv=None):
         return scores
 
     def publish(networks, info):
-        checkpoint.save_weights(args.model / "gen.pt", "gen", {"unet": g.config, **settings}, networks["gen"], info)
         if "recon" in networks:
             checkpoint.save_weights(args.model / "recon.pt", "recon", r.config, networks["recon"], info)
+        config = {"unet": g.config, **settings, "recon": checkpoint.fingerprint(networks.get("recon", r))}
+        checkpoint.save_weights(args.model / "gen.pt", "gen", config, networks["gen"], info)
 
     run = training.Run(args, "gen", networks, stream, validate, publish)
     if args.residual_scale is None:

@@ -1,5 +1,6 @@
 """Weight files: {"kind", "config", "state_dict", "info"}, tensors and plain types only, written atomically."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -32,11 +33,23 @@ def load(path):
         raise InputError(f"{path} is damaged or not a weight file of this project; fetch or train it again") from error
 
 
+def _as_stored(network):
+    """The state dict in float16, but batch normalisation's statistics in float32."""
+    return {name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor.clone()
+            for name, tensor in network.state_dict().items()}
+
+
+def fingerprint(network):
+    """Hash of a network's weights as its file holds them, 16 hexadecimal digits: says what was made with which r or g."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_as_stored(network).items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def save_weights(path, kind, config, network, info):
-    """Writes one network: float16, but batch normalisation's statistics float32. kind: recon, gen or controller."""
-    state_dict = {name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor.clone()
-                  for name, tensor in network.state_dict().items()}
-    save_atomic(path, {"kind": kind, "config": config, "state_dict": state_dict, "info": info})
+    """Writes one network, kind: recon, gen or controller."""
+    save_atomic(path, {"kind": kind, "config": config, "state_dict": _as_stored(network), "info": info})
 
 
 def load_weights(path, kind):
@@ -77,11 +90,12 @@ def load_recon(path):
 
 
 def load_gen(path):
-    """g from gen.pt -> (UNet, settings), settings = {"condition", "target", "residual_scale"} (see train_gen.py)."""
+    """g from gen.pt -> (UNet, settings): condition, target, residual_scale and recon, the fingerprint of its r."""
     content = load_weights(path, "gen")
     settings = dict(content["config"])
     config = {key: value for key, value in settings.pop("unet", {}).items() if key != "arch"}
-    if settings.keys() != {"condition", "target", "residual_scale"}:
+    settings.setdefault("recon", None)
+    if settings.keys() != {"condition", "target", "residual_scale", "recon"}:
         raise InputError(f"{path} does not hold the network it should; fetch or train it again")
     return _rebuild(path, UNet, config, content["state_dict"]), settings
 

@@ -30,16 +30,22 @@ def condition(kind, x, y_r):
     return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[kind]
 
 
-def load_schedule(path):
-    """schedule.json -> (end points 1 - alpha_T, details), each {steps: number}; both empty if there is no such file."""
+def load_schedule(path, gen):
+    """schedule.json -> (end points 1 - alpha_T, details), each {steps: number}; both empty if there is no such file.
+
+    gen: the fingerprint of g, or None.
+    """
     if not path.exists():
         return {}, {}
     try:
         content = json.loads(path.read_text())
         ends, details = ({int(steps): float(value) for steps, value in part.items()}
                          for part in (content["end"], content.get("detail", {})))
+        searched_with = content.get("gen", gen)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged; run evaluate.py --search-schedule again") from error
+    if searched_with != gen:
+        raise InputError(f"{path} was searched with another gen.pt; run evaluate.py --search-schedule again")
     if any(steps < 1 or not ddpm.BETA_1 <= end < 1 for steps, end in ends.items()):
         raise InputError(f"{path} has an end point outside (0, 1); run evaluate.py --search-schedule again")
     if any(not 0 <= detail <= 2 for detail in details.values()):
@@ -72,8 +78,8 @@ class RnG:
         self.settings, self.ends, self.details = settings, ends or {}, details or {}
 
     @classmethod
-    def load(cls, name_or_folder="default", device="auto", precision="auto"):
-        """A model by its folder or name, as find_folder has it.
+    def load(cls, name_or_folder="default", device="auto", precision="auto", schedule=True):
+        """A model by its folder or name, as find_folder has it; schedule=False leaves schedule.json alone.
 
         Only recon.pt must be there: without gen.pt the only step count is 0, without controller.pt there is no "auto".
         """
@@ -82,9 +88,14 @@ class RnG:
         gen = settings = controller = None
         if (folder / "gen.pt").exists():
             gen, settings = checkpoint.load_gen(folder / "gen.pt")
+            if settings["recon"] not in (None, checkpoint.fingerprint(recon)):
+                raise InputError(f"{folder / 'gen.pt'} was trained with another recon.pt; bring back that one, or train g again")
         if (folder / "controller.pt").exists():
             controller = checkpoint.load_controller(folder / "controller.pt")
-        return cls(recon, gen, settings, controller, *load_schedule(folder / "schedule.json"), device, precision)
+        ends = details = None
+        if schedule:
+            ends, details = load_schedule(folder / "schedule.json", gen and checkpoint.fingerprint(gen))
+        return cls(recon, gen, settings, controller, ends, details, device, precision)
 
     def schedule(self, steps):
         """The noise schedule for one step count."""

@@ -285,6 +285,23 @@ def test_saved_model_is_the_model(tmp_path, condition, target):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["controller.pt", "gen.pt", "recon.pt", "schedule.json"]
 
 
+def test_networks_that_do_not_belong_together_are_refused(copy):
+    recon, gen = tiny_networks()
+    config = {"unet": gen.config, "condition": "noisy", "target": "residual", "residual_scale": 8.0,
+              "recon": checkpoint.fingerprint(checkpoint.load_recon(copy / "recon.pt"))}
+    checkpoint.save_weights(copy / "gen.pt", "gen", config, gen, {})
+    mine = checkpoint.fingerprint(checkpoint.load_gen(copy / "gen.pt")[0])
+    assert mine == checkpoint.fingerprint(gen) != config["recon"]
+    (copy / "schedule.json").write_text(json.dumps({"gen": mine, "end": ENDS}))
+    assert RnG.load(copy, "cpu").ends == ENDS
+    (copy / "schedule.json").write_text(json.dumps({"gen": config["recon"], "end": ENDS}))
+    assert_refused(copy, "searched with another gen.pt")
+    assert RnG.load(copy, "cpu", schedule=False).ends == {}
+    nn.init.normal_(recon.ending.weight)
+    checkpoint.save_weights(copy / "recon.pt", "recon", recon.config, recon, {})
+    assert_refused(copy, "trained with another recon.pt")
+
+
 def test_unet_as_r_is_loaded(copy):
     r = UNet(base=4, blocks=1, noise_level=False)
     checkpoint.save_weights(copy / "recon.pt", "recon", r.config, r, {})

@@ -520,6 +520,13 @@ def test_malformed_labels(line, chain, model):
     assert "step_labels.jsonl" in refused(chain, "train_controller")
 
 
+def test_labels_of_another_g_are_refused(chain, model):
+    path = model / "step_labels.jsonl"
+    path.write_text(re.sub('"gen": "[0-9a-f]{16}"', '"gen": "0123456789abcdef"', path.read_text()))
+    assert "another gen.pt" in refused(chain, "train_controller")
+    assert "another gen.pt" in refused(chain, "build_step_labels")
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_labels(count, chain, model):
     path = model / "step_labels.jsonl"

@@ -62,17 +62,21 @@ def train(pictures, tmp_path, monkeypatch):
             checkpoint.save_weights(folder / "recon.pt", "recon", r.config, r, {})
         if stage == "controller" and not folder.exists():
             folder.mkdir()
-            (folder / "step_labels.jsonl").write_text("".join(map(label, range(10))))
+            torch.manual_seed(1)
+            g = UNet(4, [1], 1)
+            config = {"unet": g.config, "condition": "noisy", "target": "residual", "residual_scale": 8.0}
+            checkpoint.save_weights(folder / "gen.pt", "gen", config, g, {})
+            (folder / "step_labels.jsonl").write_text("".join(label(n, checkpoint.fingerprint(g)) for n in range(10)))
         return SCRIPTS[stage](["--model", str(folder), "--data", "images", "--root", str(pictures),
                                *COMMON, *OPTIONS[stage], *options])
 
     return train
 
 
-def label(n):
+def label(n, made_with):
     lpips = np.random.default_rng(n).random(len(STEPS)).tolist()
     return json.dumps({"set": 0, "image": f"{n % 6}.png", "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n,
-                       "clip": n % 2 == 0, "seed": n, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
+                       "clip": n % 2 == 0, "seed": n, "gen": made_with, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
 
 
 @pytest.fixture
@@ -453,7 +457,7 @@ def test_log_and_validation(train, tmp_path, monkeypatch):
 def test_controller_validation(train, tmp_path):
     assert train("controller", "model", "--holdout", "0.4", "--iterations", "3") == 0
     [line] = log(tmp_path / "model", "controller")
-    scores = np.array([json.loads(label(n))["lpips"] for n in range(10)])
+    scores = np.array([json.loads(label(n, ""))["lpips"] for n in range(10)])
     fixed = scores[4:].mean(axis=0).argmin()
     assert line["lpips_oracle"] == pytest.approx(scores[:4].min(axis=1).mean(), abs=1e-6)
     assert line["lpips_fixed"] == pytest.approx(scores[:4, fixed].mean(), abs=1e-6)
