@@ -3,12 +3,11 @@
     python build_step_labels.py --data sidd --model runs/sidd
     python build_step_labels.py --data sample --model runs/try --patches 20 --size 128
 
-Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped.
+Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped. Under torchrun each
+process makes its share of the patches, on a GPU of its own; those after the first write MODEL/step_labels.N.jsonl.
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import checkpoint, crops, data, metrics, tiling
+from rng import checkpoint, crops, data, distributed, labels, metrics, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.pipeline import RnG, find_folder
@@ -42,29 +41,30 @@ def main(argv=None):
     sets, _ = data.training_items(args, 0)
     weights = np.array(args.weight or [1] * len(sets), float)
     mix = crops.NoiseMix(args.sigma, args.camera, args.clip_noisy)
-    path = find_folder(args.model) / "step_labels.jsonl"
-    done = drop_torn_line(path)
-
-    made_with = model.gen and checkpoint.fingerprint(model.gen)
-    if done and f'"gen": {json.dumps(made_with)}' not in path.read_text().splitlines()[0]:
-        raise InputError(f"{path} was made with another gen.pt; remove it, or give another --model")
+    folder, rank = find_folder(args.model), distributed.rank()
+    path = folder / (f"step_labels.{rank}.jsonl" if rank else "step_labels.jsonl")
+    labels.drop_torn_line(path)
+    done = {label["n"] for label in labels.read(folder)}
+    made_with = checkpoint.fingerprint(model.gen)
+    mine = range(rank, args.patches, distributed.world_size())
+    todo = [n for n in mine if n not in done]
     started = time.time()
-    for n in range(done, args.patches):
+    for place, n in enumerate(todo):
         generator = np.random.default_rng([args.seed, crops.LABELS, n])
         chosen = int(generator.choice(len(sets), p=weights / weights.sum()))
         item = sets[chosen][generator.integers(len(sets[chosen]))]
         clean, noisy = item.read()
         top, left = crops.random_place(clean, args.size, generator)
         sigma, clip = mix.draw(generator) if noisy is None else (None, False)
-        label = {"set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma, "clip": clip,
-                 "seed": int(generator.integers(2 ** 32)), "gen": made_with}
-        label["lpips"] = lpips_of_each_step(model, lpips, *crops.labelled_patch(clean, noisy, label), label["seed"])
+        label = {"n": n, "set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma,
+                 "clip": clip, "seed": int(generator.integers(2 ** 32)), "gen": made_with}
+        label["lpips"] = lpips_of_each_step(model, lpips, *labels.patch(clean, noisy, label), label["seed"])
         label["best"] = STEPS[int(np.argmin(label["lpips"]))]  # ties go to the smaller step
-        with open(path, "a") as file:
-            file.write(json.dumps(label) + "\n")
-        rate = (n + 1 - done) / (time.time() - started)
-        remaining = time.strftime("%H:%M:%S", time.gmtime((args.patches - n - 1) / rate))
-        print(f"patch {n + 1}/{args.patches}  {rate:.2f} patches/s  left {remaining}",
+        labels.append(path, label)
+        missing = len(todo) - place - 1
+        rate = (place + 1) / (time.time() - started)
+        remaining = time.strftime("%H:%M:%S", time.gmtime(missing / rate))
+        print(f"patch {len(mine) - missing}/{len(mine)}  {rate:.2f} patches/s  left {remaining}",
               end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
     return 0
 
@@ -74,17 +74,6 @@ def lpips_of_each_step(model, lpips, noisy, clean, seed):
     y = model.at_each_step(noisy[None].to(model.device), seed).clamp(0, 1)  # (11, 3, H, W)
     with torch.no_grad():
         return [round(value, 6) for value in lpips(y, clean.expand_as(y).to(model.device)).tolist()]
-
-
-def drop_torn_line(path):
-    """Cuts off an unfinished last line, left by a kill -> number of labels in the file."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.count(b"\n")
 
 
 if __name__ == "__main__":

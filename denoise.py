@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rng.errors import InputError, script
-from rng.images import EXTENSIONS, check_writable, make_folder, read_picture, write_picture
+from rng.files import make_folder
+from rng.images import EXTENSIONS, check_writable, read_picture, write_picture
 from rng.pipeline import RnG
 from rng.tiling import OVERLAP, STRIDE
 
@@ -39,6 +40,7 @@ def parse(argv):
                         help="auto (default) takes bfloat16 where it is faster")
     parser.add_argument("--batch", type=int, help="patches per network call (default: a constant per device)")
     parser.add_argument("--overwrite", action="store_true", help="allow OUT to be IN itself")
+    parser.add_argument("--resume", action="store_true", help="leave out pictures whose result is there already")
     parser.add_argument("--save-parts", type=Path, metavar="DIR",
                         help="also write NAME_recon.png, NAME_residual.png (0.5 + 4 x residual), NAME_steps.png")
     args = parser.parse_args(argv)
@@ -51,6 +53,8 @@ def parse(argv):
         raise InputError(f"--detail {args.detail} is not possible; give a number from 0 (reconstruction alone) to 2")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is not possible; give a whole number from 0")
+    if args.resume and args.overwrite:
+        raise InputError("--resume leaves results alone and --overwrite replaces inputs; give one of them")
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch} is not possible; give a whole number from 1")
     return args
@@ -142,7 +146,7 @@ def denoise(model, source, target, part_files, args):
         check_writable(path, picture.pixels.shape)
 
     result = model.denoise(picture.pixels, steps=args.steps, seed=args.seed, detail=args.detail, batch=args.batch,
-                           progress=progress_line(source.name), parts=True)
+                           progress=progress_line(source.name), parts=bool(part_files) or "steps")
     notes = [*picture.notes, *write_picture(target, result.image, picture)]
     height, width = picture.pixels.shape[:2]
     if part_files:
@@ -165,6 +169,8 @@ def main(argv=None):
     model = RnG.load(args.model, device=args.device, precision=args.precision)
     failures = []
     for source, target, part_files in jobs:
+        if args.resume and all(os.path.exists(path) for path in (target, *part_files)):
+            continue
         try:
             denoise(model, source, target, part_files, args)
         except InputError as error:

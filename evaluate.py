@@ -8,18 +8,19 @@
 
 import argparse
 import csv
+import io
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rng import checkpoint, crops, data, figures, metrics, panels, scoring, tiling
+from rng import checkpoint, data, figures, metrics, panels, scoring, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
-from rng.images import make_folder, read_rgb, write_picture
+from rng.files import make_folder, write_text
+from rng.images import check_writable, read_rgb, write_picture
 from rng.pipeline import PEAK, RnG, find_folder
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
@@ -102,21 +103,27 @@ def protocol(args, some):
 def score(args, model, some):
     """Prints the table and writes it as CSV."""
     lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
-    outputs = {name: [scoring.output_files(folder / f"{sigma:g}" if len(args.sigma) > 1 else folder, some)
-                      for sigma in args.sigma] for name, folder in args.outputs}
+    if not args.csv.parent.is_dir():
+        raise InputError(f"cannot write {args.csv}: name a file in a folder that exists")
+    if args.plot:
+        check_writable(args.plot)
+        if not lpips:
+            raise InputError("--plot needs LPIPS, and its backbone could not be had; give --lpips-backbone")
+    outputs = [{name: scoring.output_files(scoring.sigma_folder(folder, sigma, args.sigma), some)
+                for name, folder in args.outputs} for sigma in args.sigma]
     rows = []
-    for place, sigma in enumerate(args.sigma):
+    for sigma, files in zip(args.sigma, outputs):
         results = {}
         for n, item in enumerate(some):
             if sys.stderr.isatty():
                 print(f"\rsigma {sigma}: picture {n + 1}/{len(some)} \r", end="", file=sys.stderr, flush=True)
             clean, noisy = scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy)
             stem = Path(item.name).stem
-            files = {name: files[place][stem] for name, files in outputs.items()}
-            for name, image, taken in pictures(args, model, clean, noisy, files):
+            theirs = {name: some[stem] for name, some in files.items()}
+            for name, image, taken in pictures(args, model, clean, noisy, theirs):
                 results.setdefault(name, []).append([*scoring.measure(lpips, image, clean, args.metric_patches), taken])
                 if args.save:
-                    folder = args.save / name / (f"{sigma:g}" if len(args.sigma) > 1 else "")
+                    folder = scoring.sigma_folder(args.save / name, sigma, args.sigma)
                     make_folder(folder)
                     write_picture(folder / f"{stem}.png", image)
         rows += [(sigma, name, *np.mean(values, axis=0)) for name, values in results.items()]
@@ -132,9 +139,14 @@ def score(args, model, some):
     for sigma, name, *values in rows:
         cells = ["-" if np.isnan(value) else f"{value:.{digits}f}" for value, digits in zip(values, (4, 3, 2, 4, 1))]
         print(f"| {'-' if sigma is None else sigma} | {name} | " + " | ".join(cells) + " |")
-    write_whole(args.csv, lambda file: csv.writer(file).writerows([("sigma", "method", *COLUMNS), *rows]))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("sigma", "method", *COLUMNS), *rows])
+    write_text(args.csv, table.getvalue())
     if args.plot:
-        write_picture(args.plot, np.asarray(perception_distortion(args, rows[-len(names):])))
+        shown = [(name, lpips, psnr) for _, name, lpips, _, psnr, *_ in rows[-len(names):]
+                 if name not in ("noisy input", "ground truth") and np.isfinite(psnr)]
+        title = "" if args.sigma == [None] else f"sigma {rows[-1][0]}"
+        write_picture(args.plot, np.asarray(panels.perception_distortion(shown, title)))
     return 0
 
 
@@ -160,27 +172,13 @@ def pictures(args, model, clean, noisy, files):
         yield name, image, np.nan
 
 
-def perception_distortion(args, rows):
-    """Fig. 1's plane, PSNR against LPIPS, of the rows of one sigma (or their mean) -> Image."""
-    shown = [row for row in rows if np.isfinite(row[4]) and row[1] not in ("noisy input", "ground truth")]
-    if any(np.isnan(row[2]) for row in shown):
-        raise InputError("--plot needs LPIPS, and its backbone could not be had; give --lpips-backbone")
-    kinds = {"fixed steps": [row for row in shown if " steps" in row[1]],
-             "RnG": [row for row in shown if row[1].startswith("RnG")]}
-    series = [figures.Series(name, [row[4] for row in some], [row[2] for row in some],
-                             labels=[row[1].replace("RnG, ", "").replace(" steps", "") for row in some])
-              for name, some in kinds.items() if some]
-    in_lines = [row for some in kinds.values() for row in some]
-    series += [figures.Series(row[1], [row[4]], [row[2]]) for row in shown if row not in in_lines]
-    return figures.chart(series, "PSNR, dB", "LPIPS, lower is better", "" if args.sigma == [None] else f"sigma {rows[0][0]}")
-
-
 def draw(args, model, some):
     """The paper's Figs. 3 to 6 for some pictures with the first sigma, into --figures."""
     if model.gen is None:
         raise InputError("the figures show what g does; train it first")
     lpips = metrics.LPIPS(args.lpips_backbone)
-    outputs = {name: scoring.output_files(folder, some) for name, folder in args.outputs}
+    outputs = {name: scoring.output_files(scoring.sigma_folder(folder, args.sigma[0], args.sigma), some)
+               for name, folder in args.outputs}
     make_folder(args.figures)
     over_steps, crops_of = [], []
     for item in some:
@@ -208,13 +206,12 @@ def search_schedule(args, model, some):
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
     if min(pairs[0][0].shape[:2]) < metrics.LPIPS_SIZE:
         raise InputError(f"LPIPS needs patches of at least {metrics.LPIPS_SIZE} pixels; give a larger --centre-crop")
-    y = torch.stack([crops.to_tensor(clean).float() / 255 for clean, _ in pairs]).to(model.device)
-    x = torch.stack([crops.to_tensor(noisy).float() / PEAK[noisy.dtype] for _, noisy in pairs]).to(model.device)
+    y, x = (torch.cat([scoring.to_batch(picture) for picture in some]).to(model.device) for some in zip(*pairs))
     y_r = torch.cat([model.reconstruct(part) for part in x.split(16)])
 
     def noise(key, index):
-        patches = [tiling.patch_noise(args.seed, key, 2 * i, 0) for i in index]
-        return torch.stack(patches)[..., :x.shape[2], :x.shape[3]].to(model.device)
+        patches = [tiling.patch_noise(args.seed, key, 2 * i, 0, *x.shape[2:]) for i in index]
+        return torch.stack(patches).to(model.device)
 
     def mean_lpips(y_hat):
         with torch.no_grad():
@@ -233,21 +230,8 @@ def search_schedule(args, model, some):
         found["detail"][str(steps)] = min(scores)[1]
         print(f"| {steps} | " + " | ".join(f"{score:.4f} ({detail:g})" for score, detail in scores) + " |", flush=True)
     print(f"\nr alone: LPIPS {mean_lpips(y_r):.4f}")
-    path = find_folder(args.model) / "schedule.json"
-    write_whole(path, lambda file: file.write(json.dumps(found, indent=1) + "\n"))
+    write_text(find_folder(args.model) / "schedule.json", json.dumps(found, indent=1) + "\n")
     return 0
-
-
-def write_whole(path, write):
-    """Writes a text file beside its place and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", newline="") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written; is its folder there? ({error.strerror})") from error
 
 
 if __name__ == "__main__":

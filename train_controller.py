@@ -7,18 +7,15 @@
 """
 
 import argparse
-import json
 import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rng import checkpoint, crops, data, training
+from rng import checkpoint, data, labels, training
 from rng.controller import STEPS, StepController
 from rng.errors import InputError, number, script
-
-LABEL = {"set", "image", "top", "left", "size", "sigma", "clip", "seed", "gen", "lpips"}
 
 # iterations: 30 epochs of 20,000 patches; 60 of 1,000
 PRESETS = {
@@ -80,40 +77,28 @@ def main(argv=None):
     run = training.Run(args, "controller", {"controller": s}, stream, validate, publish)
     for batch in run.batches():
         with run.autocast():
-            logits = s(batch["x"])                                                 # (N, 11)
+            logits = run.replicas["controller"](batch["x"])                        # (N, 11)
         run.step(F.cross_entropy(logits.float(), batch["target"]))
     return 0
 
 
 def labelled_patches(args):
     """-> noisy patches (M, 3, P, P) float16, made again from their labels, and their LPIPS values (M, 11)."""
-    path = args.model / "step_labels.jsonl"
-    try:
-        text = path.read_text()
-        labels = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # without a torn last line
-        scores = torch.tensor([label["lpips"] for label in labels])
-        names = [(label["set"], label["image"]) for label in labels]
-        shapes = {(label["size"], len(label["lpips"])) for label in labels}
-        if any(not LABEL <= label.keys() for label in labels):
-            raise ValueError("a label lacks a field")
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; run build_step_labels.py first") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
-    if {label["gen"] for label in labels} - {checkpoint.fingerprint(checkpoint.load_gen(args.model / "gen.pt")[0])}:
-        raise InputError(f"{path} was made with another gen.pt; remove it and run build_step_labels.py again")
-    if len(shapes) != 1:
-        raise InputError(f"{path} holds no labels, or patches of several sizes; run build_step_labels.py with one --size")
+    found = labels.read(args.model)
+    if len({(label["size"], len(label["lpips"])) for label in found}) != 1:
+        raise InputError(f"{args.model} holds no step_labels.jsonl, or patches of several sizes; "
+                         "run build_step_labels.py with one --size")
     sets, _ = data.training_items(args, 0)
     items = {(place, item.name): item for place, some in enumerate(sets) for item in some}
-    patches, opened = [None] * len(labels), None
-    for i in sorted(range(len(labels)), key=names.__getitem__):  # so that each picture is decoded once
-        if names[i] not in items:
-            raise InputError(f"{path} names the picture {names[i][1]}, not found; give the labels' own --data and --root")
-        if names[i] != opened:
-            opened, pictures = names[i], items[names[i]].read()
-        patches[i] = crops.labelled_patch(*pictures, labels[i])[0].half()
-    return torch.stack(patches), scores
+    patches, opened = [None] * len(found), None
+    for i in sorted(range(len(found)), key=lambda i: (found[i]["set"], found[i]["image"])):  # each picture is decoded once
+        name = found[i]["set"], found[i]["image"]
+        if name not in items:
+            raise InputError(f"step_labels.jsonl names the picture {name[1]}, not found; give the labels' own --data and --root")
+        if name != opened:
+            opened, pictures = name, items[name].read()
+        patches[i] = labels.patch(*pictures, found[i])[0].half()
+    return torch.stack(patches), torch.tensor([label["lpips"] for label in found])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rng import checkpoint, crops, ddpm, device, metrics, training
+from rng import checkpoint, crops, ddpm, device, distributed, metrics, training
 from rng.errors import InputError, number, script
 from rng.pipeline import RnG, condition
 from rng.unet import UNet
@@ -19,8 +19,8 @@ from rng.unet import UNet
 PRESETS = {
     "paper": dict(base=64, multipliers=[1, 2, 3, 4], blocks=3, train_end=0.01, iterations=1_000_000, batch=256,
                   crop=128, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.9999),
-    "small": dict(base=32, multipliers=[1, 2, 4, 6], blocks=1, train_end=0.006, iterations=45000, batch=16,
-                  crop=64, lr=1e-3, cosine=True, weight_decay=1e-4, clip_grad=1.0, ema=0.999),
+    "small": dict(base=32, multipliers=[1, 2, 3, 4], blocks=1, train_end=0.006, iterations=10000, batch=16,
+                  crop=64, lr=4e-4, cosine=True, weight_decay=1e-4, clip_grad=0.1, ema=0.999),
 }
 T_TRAIN = 2000          # steps of the paper's fine-grained training schedule
 VALIDATION_STEPS = 100  # inverse steps of the validation LPIPS: fewer leave grain that hides what g has learned
@@ -45,15 +45,24 @@ def main(argv=None):
                         help="clean: Table 4's generative part only, r is the constant 0.5")
     parser.add_argument("--residual-scale", type=number(float, 1e-3),
                         help="g learns (y - r(x)) times this; default 1 / std(y - r(x)); 1 is the paper's letter")
+    parser.add_argument("--init", type=Path, help="start from this gen.pt, whose sizes win")
     parser.add_argument("--lpips-backbone", help="AlexNet weights for the validation LPIPS")
     training.add_crop_arguments(parser)
     args = training.parse(parser, PRESETS, argv)
 
     torch.manual_seed(args.seed)
-    g = UNet(args.base, args.multipliers, args.blocks, conditions=2 if args.condition == "both" else 1)
+    conditions = 2 if args.condition == "both" else 1
+    if args.init:
+        g = checkpoint.load_gen(args.init)[0]
+        if g.config["conditions"] != conditions:
+            raise InputError(f"{args.init} has another --condition; give the one it was trained with")
+    else:
+        g = UNet(args.base, args.multipliers, args.blocks, conditions)
     if args.scheme == "two-stage":
         r = checkpoint.load_recon(args.model / "recon.pt").requires_grad_(False)
         networks = {"gen": g}
+        if args.compile:
+            r.compile()
     else:
         r = UNet(args.base, args.multipliers, args.blocks, noise_level=False)
         networks = {"gen": g, "recon": r}
@@ -66,7 +75,7 @@ def main(argv=None):
 
     def estimate(x):
         """r(x), or the constant of --target clean, for noisy crops (N, 3, H, W)."""
-        return torch.full_like(x, 0.5) if args.target == "clean" else r(x).float()
+        return torch.full_like(x, 0.5) if args.target == "clean" else reconstruct(x).float()
 
     def validate(networks):
         model = RnG(networks.get("recon", r), networks["gen"], settings,
@@ -89,6 +98,7 @@ def main(argv=None):
         checkpoint.save_weights(args.model / "gen.pt", "gen", config, networks["gen"], info)
 
     run = training.Run(args, "gen", networks, stream, validate, publish)
+    reconstruct = run.replicas.get("recon", r)
     if args.residual_scale is None:
         settings["residual_scale"] = measured_scale(args, run, estimate)
     for batch in run.batches():
@@ -97,7 +107,7 @@ def main(argv=None):
             y_r = estimate(x)                                                        # (N, 3, crop, crop)
             d_0 = (y - y_r) * settings["residual_scale"]
             cond = condition(args.condition, x, y_r)
-            loss = ddpm.loss(g, cond, d_0, batch["gamma"], batch["eps"], p=1)        # Eq. 5
+            loss = ddpm.loss(run.replicas["gen"], cond, d_0, batch["gamma"], batch["eps"], p=1)  # Eq. 5
             if args.scheme == "intermediate":
                 loss = loss + training.reconstruction_loss(y, y_r)                   # Eq. 4
         run.step(loss)
@@ -113,7 +123,9 @@ def measured_scale(args, run, estimate):
     with torch.no_grad(), run.autocast():
         residuals = [batch["clean"] - estimate(batch["noisy"].to(run.device)).cpu()
                      for batch in run.stream(0, SCALE_BATCHES)]
-    return 1 / torch.cat(residuals).double().std().item()
+    residuals = torch.cat(residuals).double()
+    mean, square = distributed.mean([residuals.mean().item(), residuals.square().mean().item()], run.device)
+    return (square - mean ** 2) ** -0.5
 
 
 def fixed_noise(x):

@@ -68,7 +68,7 @@ def main(argv=None):
     run = training.Run(args, "recon", {"recon": r}, stream, validate, publish)
     for batch in run.batches():
         with run.autocast():
-            estimate = r(batch["noisy"])                                            # (N, 3, crop, crop)
+            estimate = run.replicas["recon"](batch["noisy"])                        # (N, 3, crop, crop)
         loss = training.reconstruction_loss(batch["clean"], estimate, args.loss)    # Eq. 4
         if lpips:
             loss = loss + args.perceptual_weight * lpips(estimate.float().clamp(0, 1), batch["clean"]).mean()

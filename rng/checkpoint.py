@@ -1,25 +1,23 @@
 """Weight files: {"kind", "config", "state_dict", "info"}, tensors and plain types only, written atomically."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 
 from rng.controller import StepController
 from rng.errors import InputError
+from rng.files import replacing
 from rng.nafnet import NAFNet, config_from_state_dict
 from rng.unet import UNet
 
 
 def save_atomic(path, content):
     """torch.save beside the target, then a rename: a reader finds the old file or the new one, never half of one."""
-    temporary = Path(f"{path}.tmp")
     try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path} could not be written ({error}); make space or name another --model folder") from error
 
 

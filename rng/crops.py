@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rng import data, ddpm, noise
+from rng import data, ddpm, distributed, noise
 from rng.errors import InputError
 
 CACHE_BYTES = 2 ** 30   # a set that fits is decoded once and kept, in each worker
@@ -67,29 +67,18 @@ def random_place(picture, size, generator):
     return int(generator.integers(max(1, height - size + 1))), int(generator.integers(max(1, width - size + 1)))
 
 
-def labelled_patch(clean, noisy, label):
-    """The patch that a line of step_labels.jsonl stands for -> (noisy, clean), each float32 (3, size, size) in [0, 1].
-
-    clean, noisy: the pictures it is cut from, uint8 (H, W, 3), noisy None where noise is added;
-    label: {"top", "left", "size", "sigma", "clip", "seed"}.
-    """
-    place = label["top"], label["left"], label["size"]
-    clean, noisy = (picture if picture is None else cut(picture, *place) for picture in (clean, noisy))
-    if noisy is None:
-        noisy = add_noise(clean, label["sigma"], label["clip"], np.random.default_rng(label["seed"]))
-    return to_tensor(noisy), to_tensor(clean)
-
-
 class Crops(torch.utils.data.IterableDataset):
     """Batches of training crops for the iterations start, ..., stop - 1.
 
     sets: lists of Items; weights: their shares of each batch; schedule: a ddpm.Schedule for stage 2, which adds
-    gamma (N,) float64 and eps (N, 3, size, size) to each batch's noisy and clean (N, 3, size, size).
+    gamma (N,) float64 and eps (N, 3, size, size) to each batch's noisy and clean (N, 3, size, size) and their names.
+    rank, world_size: only this process's share of each batch.
     """
 
-    def __init__(self, sets, weights, size, batch, mix, seed, start, stop, schedule=None):
+    def __init__(self, sets, weights, size, batch, mix, seed, start, stop, schedule=None, rank=0, world_size=1):
         self.sets, self.size, self.batch, self.mix, self.seed = sets, size, batch, mix, seed
         self.start, self.stop, self.schedule = start, stop, schedule
+        self.rank, self.world_size = rank, world_size
         shares = np.round(np.cumsum([0, *weights]) / sum(weights) * batch).astype(int)
         self.slots = [(s, i - shares[s], shares[s + 1] - shares[s])        # of each sample: set, place, places in all
                       for s in range(len(sets)) for i in range(shares[s], shares[s + 1])]
@@ -99,15 +88,17 @@ class Crops(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        part, parts = self.rank * parts + part, self.world_size * parts
         mine = range(part * self.batch // parts, (part + 1) * self.batch // parts)
         for k in range(self.start, self.stop):
             samples = [self.sample(k, i) for i in mine]
-            yield {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+            yield {key: [sample[key] for sample in samples] if key == "name" else
+                   torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
     def sample(self, k, i):
         """Sample i of iteration k."""
         generator = np.random.default_rng([self.seed, k, i])
-        clean, noisy = self._picture(k, i)
+        name, (clean, noisy) = self._picture(k, i)
         place = *random_place(clean, self.size, generator), self.size
         quarter_turns, flip = generator.integers(4), generator.integers(2)
 
@@ -117,7 +108,7 @@ class Crops(torch.utils.data.IterableDataset):
 
         clean = crop(clean)
         noisy = add_noise(clean, *self.mix.draw(generator), generator) if noisy is None else crop(noisy)
-        sample = {"noisy": to_tensor(noisy), "clean": to_tensor(clean)}
+        sample = {"name": name, "noisy": to_tensor(noisy), "clean": to_tensor(clean)}
         if self.schedule is None:
             return sample
         gamma = torch.tensor(ddpm.draw_gamma(self.schedule, generator), dtype=torch.float64)
@@ -125,7 +116,7 @@ class Crops(torch.utils.data.IterableDataset):
         return sample | {"gamma": gamma, "eps": eps}
 
     def _picture(self, k, i):
-        """The decoded picture of sample i: each place in the batch walks through a seeded permutation of its set.
+        """Name and decoded picture of sample i: each place in the batch walks through a seeded permutation of its set.
 
         Of a set too large to keep, GROUP pictures are open at a time and each serves REUSE iterations: a 16-megapixel
         PNG takes a second to decode.
@@ -139,7 +130,7 @@ class Crops(torch.utils.data.IterableDataset):
         key = (s, index if self.fits[s] else place)
         if key not in self.held or self.held[key][0] != index:
             self.held[key] = (index, self.sets[s][index].read())
-        return self.held[key][1]
+        return self.sets[s][index].name, self.held[key][1]
 
 
 @lru_cache(maxsize=32)
@@ -162,14 +153,15 @@ def _decoded_bytes(items):
 
 def batches(crops, workers):
     """Yields the batches of `crops` in order; with workers > 0 that many processes each make a part of every batch."""
-    workers = min(workers, crops.batch)
+    workers = min(workers, crops.batch // crops.world_size)
     if workers == 0:
         yield from crops
         return
     loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4,
                                          worker_init_fn=_leave_signals_to_parent)
     for parts in zip(*[iter(loader)] * workers):
-        yield {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        yield {key: sum((part[key] for part in parts), []) if key == "name" else
+               torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _leave_signals_to_parent(worker):
@@ -181,17 +173,20 @@ def _leave_signals_to_parent(worker):
 def training_stream(args, schedule=None):
     """The crops that the options of a training script ask for -> (stream, validation batch).
 
-    stream(start, stop) yields the batches of those iterations; the validation batch is made as they are, of pictures
-    held out, and is the same at every call. schedule: as for Crops.
+    stream(start, stop) yields the batches of those iterations, under torchrun this process's share of them; the
+    validation batch is made as they are, of pictures held out, and is the same at every call. schedule: as for Crops.
     """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if args.batch % world_size:
+        raise InputError(f"--batch {args.batch} cannot be shared evenly among {world_size} processes; give a multiple")
     train, held_out = data.training_items(args, args.validation)
     weights = args.weight or [1] * len(train)
     mix = NoiseMix(args.sigma, args.camera, args.clip_noisy)
 
     def stream(start, stop):
-        crops = Crops(train, weights, args.crop, args.batch, mix, args.seed, start, stop, schedule)
+        crops = Crops(train, weights, args.crop, args.batch, mix, args.seed, start, stop, schedule, rank, world_size)
         return batches(crops, args.workers)
 
-    first = VALIDATION
-    validation = Crops(held_out, weights, args.crop, args.validation, mix, args.seed, first, first + 1, schedule)
+    validation = Crops(held_out, weights, args.crop, args.validation, mix, args.seed,
+                       VALIDATION, VALIDATION + 1, schedule)
     return stream, next(iter(validation))

@@ -2,14 +2,18 @@
 
 import torch
 
+from rng import distributed
 from rng.errors import InputError
 
 
 def pick(name="auto"):
-    """"auto" takes a CUDA GPU, else an Apple GPU, else the CPU; any torch device name is taken as it is."""
+    """"auto" takes a CUDA GPU (under torchrun each process its own), else an Apple GPU, else the CPU.
+
+    Any torch device name is taken as it is; InputError if it cannot be used.
+    """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", distributed.local_rank())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rng.errors import InputError, script
+from rng.images import write_picture
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
 FINE = 3          # charts are drawn so many times larger, then reduced: Pillow's lines are not smoothed
@@ -25,7 +26,6 @@ class Series(NamedTuple):
     name: str
     x: list
     y: list
-    line: bool = True
     labels: tuple = ()
 
 
@@ -70,9 +70,9 @@ def chart(series, x_label, y_label, title="", size=(600, 380)):
 
     for n, (one, colour) in enumerate(zip(series, COLOURS * len(series))):
         points = [place(x, y) for x, y in zip(one.x, one.y)]
-        if one.line and len(points) > 1:
+        if len(points) > 1:
             draw.line(points, colour, 2 * FINE, joint="curve")
-        for x, y in points if not one.line or len(points) < 30 else []:
+        for x, y in points if len(points) < 30 else []:
             draw.circle((x, y), 3.5 * FINE, colour)
         for (x, y), label in zip(points, one.labels):
             before = x > (left + right) / 2
@@ -89,8 +89,8 @@ def chart(series, x_label, y_label, title="", size=(600, 380)):
 
 
 def captioned(picture, text, zoom=1):
-    """picture: uint8 (H, W, 3) or Image, enlarged without smoothing -> Image with a line of text below it."""
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    """picture: uint8 (H, W, 3), enlarged without smoothing -> Image with a line of text below it."""
+    picture = Image.fromarray(picture)
     picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
     canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
     canvas.paste(picture)
@@ -139,7 +139,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2:
         raise InputError("give a model folder and the PNG file to write: python -m rng.figures runs/rng curves.png")
-    training_curves(Path(argv[0])).save(argv[1])
+    write_picture(argv[1], np.asarray(training_curves(Path(argv[0]))))
     return 0
 
 

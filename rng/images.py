@@ -9,7 +9,6 @@ import os
 import struct
 import warnings
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import tifffile
 from PIL import ExifTags, Image
 
 from rng.errors import InputError
+from rng.files import replacing
 
 EXTENSIONS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
 ENCODING = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}
@@ -169,14 +169,6 @@ def _check_size(path, width, height):
         raise InputError(f"{path} has {width} x {height} pixels, more than 100 megapixels; cut it into pieces")
 
 
-def make_folder(folder):
-    """Creates a folder and its parents where they are missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the folder {folder}: {error.strerror.lower()}; name another") from error
-
-
 def write_picture(path, pixels, like=None):
     """Writes pixels to a file whose extension names the format; returns notes on what that format cannot keep.
 
@@ -208,7 +200,7 @@ def write_picture(path, pixels, like=None):
     icc = b"" if kind == "WEBP" and like.grey else like.icc      # WebP is always RGB
 
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             if with_tifffile:
                 tifffile.imwrite(temporary, planes, photometric="minisblack" if like.grey else "rgb", metadata=None,
                                  planarconfig="contig", extrasamples=["unassalpha"] * (channels in (2, 4)),
@@ -234,23 +226,10 @@ def check_writable(path, shape=None):
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: it is read-only; name another file")
     try:
-        with _replacing(path, keep=False) as temporary, open(temporary, "wb"):
+        with replacing(path, keep=False) as temporary, open(temporary, "wb"):
             pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror.lower()}; name another place") from error
-
-
-@contextmanager
-def _replacing(path, keep=True):
-    """Yields the name of a temporary file that then takes the place of `path` (of what it links to), or is removed."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if keep:
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_8_bit(pixels):

@@ -1,33 +1,37 @@
-"""The paper's Figs. 3 to 6, drawn from a model: patches over steps, crops side by side, what g adds."""
+"""The paper's figures: the plane of Fig. 1, patches over steps, crops side by side, what g adds."""
 
 import numpy as np
 import torch
 
-from rng import ddpm, tiling
+from rng import scoring, tiling
 from rng.controller import STEPS
 from rng.figures import Series, captioned, chart, grid
-from rng.pipeline import condition, to_pixels
 
 CROP = 128     # side of the crops of Figs. 4 and 6, shown twice as large
 AMPLIFY = 4    # residuals are shown so many times larger, around grey
 
 
-def picture(y):
-    """(3, H, W) in [0, 1] -> uint8 (H, W, 3)."""
-    return to_pixels(y.permute(1, 2, 0).cpu().numpy(), np.dtype(np.uint8))
+def perception_distortion(rows, title=""):
+    """Fig. 1's plane -> Image; rows: (name, LPIPS, PSNR), where the fixed step counts and details of RnG form lines."""
+    kinds = {"fixed steps": [row for row in rows if " steps" in row[0]],
+             "RnG": [row for row in rows if row[0].startswith("RnG")]}
+    in_lines = [row for some in kinds.values() for row in some]
+    series = [Series(name, [row[2] for row in some], [row[1] for row in some],
+                     labels=[row[0].replace("RnG, ", "").replace(" steps", "") for row in some])
+              for name, some in kinds.items() if some]
+    series += [Series(name, [psnr], [lpips]) for name, lpips, psnr in rows if (name, lpips, psnr) not in in_lines]
+    return chart(series, "PSNR, dB", "LPIPS, lower is better", title)
 
 
 def to_patch(image, device):
     """numpy (H, W, 3), uint8 or float32 -> its centre as (1, 3, H', W'), H' and W' at most 256."""
-    top, left = (max(0, side - tiling.PATCH) // 2 for side in image.shape[:2])
-    image = image[top:top + tiling.PATCH, left:left + tiling.PATCH]
-    image = image / 255 if image.dtype == np.uint8 else image
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32))[None].to(device)
+    return scoring.to_batch(scoring.centre(image, tiling.PATCH)).to(device)
 
 
 def shown(y, text):
     """(1, 3, H, W) in [0, 1] -> Image with its caption, about 256 pixels wide."""
-    return captioned(picture(y[0]), text, zoom=max(1, tiling.PATCH // y.shape[3]))
+    image = scoring.eight_bit(y[0].permute(1, 2, 0).cpu().numpy())
+    return captioned(image, text, zoom=max(1, tiling.PATCH // y.shape[3]))
 
 
 def steps_row(model, lpips, clean, noisy, seed):
@@ -58,21 +62,21 @@ def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 
     """Fig. 5 for the centre patch: g's estimate of d_0 at several t of one run, the sum, the spectra of the residuals."""
     x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
     y_r = model.reconstruct(x)
-    scale = model.settings["residual_scale"]
-    estimates = {}
+    estimates = []
 
-    def g(cond, d_t, gamma):
-        with torch.inference_mode():
-            eps_hat = model.gen(cond, d_t, gamma).float()
-        gamma = gamma[:, None, None, None].float()
-        estimates[len(estimates)] = (d_t - (1 - gamma).sqrt() * eps_hat) / gamma.sqrt() / scale
-        return eps_hat
+    def record(g, inputs, eps_hat):
+        """Eq. 1 solved for d_0, in [0, 1] units."""
+        _, d_t, gamma = inputs
+        gamma = gamma[:, None, None, None]
+        d_0 = (d_t - (1 - gamma).sqrt() * eps_hat) / gamma.sqrt()
+        estimates.append(d_0.float() / model.settings["residual_scale"])
 
     def noise(key, index):
-        return tiling.patch_noise(seed, key, 0, 0)[:, :x.shape[2], :x.shape[3]][None].to(model.device)
+        return tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])[None].to(model.device)
 
-    schedule = {steps: model.schedule(steps)}
-    d_0 = ddpm.sample(g, condition(model.settings["condition"], x, y_r), [steps], schedule, noise) / scale
+    hook = model.gen.register_forward_hook(record)
+    d_0 = model.generate(x, y_r, [steps], noise)
+    hook.remove()
 
     def grey(residual):
         return (0.5 + AMPLIFY * residual).clamp(0, 1)

@@ -17,12 +17,12 @@ BATCH = {"cpu": 4, "mps": 8, "cuda": 64}  # patches per network call; constant, 
 
 
 class Parts(NamedTuple):
-    """What denoise returns with parts=True: the picture, and what it is made of."""
+    """What denoise returns with parts: the picture, and what it is made of; with parts="steps" the step map alone."""
 
-    image: np.ndarray     # (H, W, 3), r(x) + residual
-    recon: np.ndarray     # (H, W, 3), r(x)
-    residual: np.ndarray  # (H, W, 3) float16, what g added, in [0, 1] units, signed
-    steps: np.ndarray     # (rows, columns) int, inverse steps of each 256-pixel patch
+    image: np.ndarray            # (H, W, 3), r(x) + residual
+    recon: np.ndarray | None     # (H, W, 3), r(x)
+    residual: np.ndarray | None  # (H, W, 3) float16, what g added, in [0, 1] units, signed
+    steps: np.ndarray            # (rows, columns) int, inverse steps of each 256-pixel patch
 
 
 def condition(kind, x, y_r):
@@ -145,7 +145,7 @@ class RnG:
         y_r = self.reconstruct(x[:1])
 
         def noise(key, index):
-            field = tiling.patch_noise(seed, key, 0, 0)[:, :x.shape[2], :x.shape[3]]
+            field = tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])
             return field.expand(len(index), -1, -1, -1).to(self.device)
 
         return y_r + self.generate(x, y_r.expand_as(x), list(STEPS), noise)
@@ -158,7 +158,8 @@ class RnG:
         seed: of the generated detail; detail: scales d_0 further, from 0 (r alone) to 1, the user's dial along the
         perception-distortion curve; batch: patches per network call, default a constant per device.
         progress: called with the share of the work done, 0 to 1.
-        Returns the picture, shape and dtype of `image`, in range; with parts=True a Parts.
+        Returns the picture, shape and dtype of `image`, in range; with parts=True a Parts, with parts="steps" one
+        without r(x) and the residual, which take 9 bytes a pixel.
         """
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in PEAK:
             raise ValueError(f"image must be (H, W, 3) uint8, uint16 or float32, not {image.shape} {image.dtype}")
@@ -167,7 +168,7 @@ class RnG:
         height, width = image.shape[:2]
         step_map = np.zeros((tiling.count(height), tiling.count(width)), int)
         out = np.empty_like(image)
-        recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts else (None, None)
+        recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts is True else (None, None)
         steps = steps if detail else 0  # r alone needs neither s nor g
         rows = self._denoised_rows(image, steps, seed, detail, batch or BATCH[self.device.type], progress, step_map)
         top = 0
@@ -175,7 +176,7 @@ class RnG:
             here = slice(top, min(top + band.shape[1], height))
             band = band[:, :here.stop - top].permute(1, 2, 0).numpy()                 # (h, W, 9)
             out[here] = to_pixels(band[..., :3], image.dtype)
-            if parts:
+            if parts is True:
                 recon[here], residual[here] = to_pixels(band[..., 3:6], image.dtype), band[..., 6:]
             top = here.stop
         return Parts(out, recon, residual, step_map) if parts else out
@@ -213,8 +214,7 @@ class RnG:
         evaluations = 0
 
         def noise(key, index):
-            fields = [tiling.patch_noise(seed, key, *places[i]) for i in index]
-            return torch.stack(fields)[..., :x.shape[2], :x.shape[3]].to(self.device)
+            return torch.stack([tiling.patch_noise(seed, key, *places[i], *x.shape[2:]) for i in index]).to(self.device)
 
         def count(t, index):
             nonlocal evaluations

@@ -8,7 +8,7 @@ import torch
 from rng import crops, data, metrics, tiling
 from rng.errors import InputError
 from rng.images import EXTENSIONS
-from rng.pipeline import to_pixels
+from rng.pipeline import PEAK, to_pixels
 
 
 def centre(picture, side):
@@ -24,6 +24,11 @@ def eight_bit(image):
     return image if image.dtype == np.uint8 else to_pixels(image, np.dtype(np.uint8))
 
 
+def to_batch(image):
+    """numpy (H, W, 3), uint8 or float32 in [0, 1] units -> (1, 3, H, W) float32 in [0, 1] units."""
+    return crops.to_tensor(image).float()[None] / PEAK[image.dtype]
+
+
 def inputs(item, sigma, centre_crop=None, clip_noisy=False):
     """-> (clean, noisy) of a data.Item: uint8 and, where noise is added, float32 (H, W, 3); sigma on the 0-255 scale."""
     clean, noisy = (picture if picture is None else centre(picture, centre_crop) for picture in item.read())
@@ -31,6 +36,11 @@ def inputs(item, sigma, centre_crop=None, clip_noisy=False):
         noisy = data.noisy_version(clean, sigma)
         noisy = eight_bit(noisy) if clip_noisy else noisy
     return clean, noisy
+
+
+def sigma_folder(folder, sigma, sigmas):
+    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... where there are several sigmas."""
+    return folder / f"{sigma:g}" if len(sigmas) > 1 else folder
 
 
 def output_files(folder, items):
@@ -50,7 +60,7 @@ def measure(lpips, image, clean, patches=False):
 
     patches: the mean over non-overlapping 256 x 256 patches, the paper's way.
     """
-    x, y = (crops.to_tensor(picture).float()[None] / 255 for picture in (image, clean))
+    x, y = to_batch(image), to_batch(clean)
     if patches:
         height, width = (side // tiling.PATCH for side in image.shape[:2])
         if not height * width:

@@ -80,11 +80,11 @@ def cell_noise(seed, key, row, col):
     return torch.randn(3, STRIDE, STRIDE, generator=torch.Generator().manual_seed(int(state) >> 1))
 
 
-def patch_noise(seed, key, row, col):
-    """Standard normal noise of the patch at (row, col) of the grid, (3, 256, 256) float32, a function of its arguments.
+def patch_noise(seed, key, row, col, height=PATCH, width=PATCH):
+    """Standard normal noise of the patch at (row, col) of the grid, (3, height, width) float32.
 
-    It is cut from four cells, so overlapping patches see the same noise where they overlap.
+    A function of its arguments, cut from four cells: overlapping patches see the same noise where they overlap.
     """
     upper = torch.cat([cell_noise(seed, key, row, col), cell_noise(seed, key, row, col + 1)], 2)
     lower = torch.cat([cell_noise(seed, key, row + 1, col), cell_noise(seed, key, row + 1, col + 1)], 2)
-    return torch.cat([upper, lower], 1)[:, :PATCH, :PATCH]
+    return torch.cat([upper, lower], 1)[:, :height, :width]

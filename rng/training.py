@@ -4,7 +4,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -12,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from rng import checkpoint, data, device
+from rng import checkpoint, data, device, distributed
 from rng.errors import InputError, number
-from rng.images import make_folder
+from rng.files import make_folder, write_text
 
 REPORT_EVERY = 50  # iterations
 # Options that may change between two runs of one training without changing its result.
-FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "lpips_backbone"}
+FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "compile", "lpips_backbone"}
 
 
 def parse(parser, presets, argv):
@@ -38,6 +37,8 @@ def parse(parser, presets, argv):
     add("--seed", type=number(int, 0), default=0, help="of data, noise and initial weights (default: 0)")
     add("--save-every", type=number(int, 1), default=1000, help="iterations between validation and checkpoint (default: 1000)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--compile", action="store_true",
+        help="torch.compile: faster where much lies between the convolutions; needs a C++ compiler")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="auto: bfloat16 where it pays (default)")
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -65,12 +66,13 @@ def reconstruction_loss(clean, estimate, kind="mse"):
 
 
 class Run:
-    """One training: `for batch in run.batches(): ...; run.step(loss)`.
+    """One training: `for batch in run.batches(): ...; run.step(loss)`, with the networks called as run.replicas[name].
 
     args: as parse returns them; stage: "recon", "gen" or "controller", names the files; networks: {name: Module},
     trained together; stream(start, stop): yields the batches {name: tensor} of those iterations, as a function of the
     iteration alone; validate(networks) -> {name: number} and publish(networks, info), which writes the weight files,
-    both get the averaged (EMA) networks.
+    both get the averaged (EMA) networks. Under torchrun every process trains on its share of each batch, and the first
+    one validates, reports and saves.
     """
 
     def __init__(self, args, stage, networks, stream, validate, publish):
@@ -80,9 +82,13 @@ class Run:
         for network in networks.values():
             network.to(self.device, memory_format=torch.channels_last).train()
         self.parameters = [p for network in networks.values() for p in network.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         self.averaged = {name: copy.deepcopy(network).eval().requires_grad_(False)
                          for name, network in networks.items()}
+        if args.compile:
+            for network in networks.values():
+                network.compile()
+        self.replicas = {name: distributed.replica(network, self.device) for name, network in networks.items()}
         self.iteration, self.signal = 0, None
         make_folder(args.model)
         self.last, self.log_path = args.model / f"last_{stage}.pt", args.model / f"train_{stage}.jsonl"
@@ -90,7 +96,8 @@ class Run:
         self.settings = json.loads(json.dumps(settings, default=str))
         if self.last.exists():
             self._resume()
-        self._trim_log()
+        if distributed.rank() == 0:
+            self._trim_log()
 
     def autocast(self):
         """The context of the forward pass, `--precision`."""
@@ -103,22 +110,23 @@ class Run:
         started, losses = time.time(), []
         try:
             for batch in self.stream(self.iteration, args.iterations):
+                self.names = batch.pop("name", [])
                 yield {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
                 losses.append(self.loss)
                 save = self.iteration % args.save_every == 0 or self.iteration == args.iterations
-                if save or self.signal or self.iteration % REPORT_EVERY == 0:
+                if distributed.rank() == 0 and (save or self.stopping or self.iteration % REPORT_EVERY == 0):
                     rate = len(losses) / (time.time() - started)
                     info = {"iteration": self.iteration, "images_per_s": rate * args.batch,
                             "loss": sum(losses) / len(losses)}
                     if save:
                         info |= self._validated()
                     self._report(info, (args.iterations - self.iteration) / rate)
-                    if save or self.signal:
+                    if save or self.stopping:
                         self._save(info)
                     started, losses = time.time(), []
-                if self.signal:
+                if self.stopping:
                     print(f"stopped and saved at iteration {self.iteration}; the same command goes on", file=sys.stderr)
-                    sys.exit(128 + self.signal)
+                    sys.exit(128 + (self.signal or signal.SIGTERM))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -126,7 +134,8 @@ class Run:
     def step(self, loss):
         """Backward, clipped AdamW step, moving average of the weights."""
         args, k = self.args, self.iteration
-        self.loss = loss.item()
+        # a signal to one process stops all of them, at the same iteration
+        self.loss, self.stopping = distributed.mean([loss.item(), float(self.signal is not None)], self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * (0.5 * (1 + math.cos(math.pi * k / args.iterations)) if args.cosine else 1)
         self.optimizer.zero_grad()
@@ -134,8 +143,9 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip_grad).item()
         for what, value in (("loss", self.loss), ("gradient", norm)):
             if not math.isfinite(value):
-                raise InputError(f"the {what} became {value} at iteration {k + 1}; the last checkpoint is kept: "
-                                 "try a smaller --lr or --precision float32")
+                of = f" ({', '.join(dict.fromkeys(self.names))})" if self.names else ""
+                raise InputError(f"the {what} became {value} at iteration {k + 1}{of}; the last checkpoint is kept: "
+                                 "try a smaller --lr or --precision float32, or look at these pictures")
         self.optimizer.step()
         # warm-up, or a short run would show its initial weights
         decay = min(args.ema, (k + 1) / (k + 10))
@@ -173,8 +183,9 @@ class Run:
             raise InputError(f"{self.last} is not the state of this training; remove it, or name a new --model folder")
         changed = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
         if changed:
-            raise InputError(f"{self.last} was made with another --{changed[0].replace('_', '-')} "
-                             f"({state['settings'].get(changed[0])}, now {self.settings[changed[0]]}); "
+            differences = ", ".join(f"--{key.replace('_', '-')} ({state['settings'].get(key)}, now {self.settings[key]})"
+                                    for key in changed)
+            raise InputError(f"{self.last} was made with another {differences}; "
                              "use the same settings, or a new --model folder to start afresh")
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self.networks:
@@ -188,9 +199,7 @@ class Run:
         if self.log_path.exists():
             lines = self.log_path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration]
-            temporary = self.log_path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, self.log_path)
+            write_text(self.log_path, "".join(kept))
 
     def _stop(self, number, frame):
         self.signal = number

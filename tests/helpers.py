@@ -21,3 +21,14 @@ def write_random_alexnet(path):
     else:
         torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
     return path
+
+
+def same(a, b):
+    """Equality of nested dictionaries and lists of tensors and plain values, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b

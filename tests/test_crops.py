@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rng import crops, data, ddpm, noise
+from rng import crops, data, ddpm, labels, noise
 from rng.crops import Crops, NoiseMix
 from rng.errors import InputError
 
@@ -62,7 +62,8 @@ def eight_ways(picture):
 
 def same(a, b):
     """Bit for bit, for two batches or two samples."""
-    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and a["name"] == b["name"] and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a if key != "name")
 
 
 def random_stream(gen):
@@ -151,8 +152,9 @@ def test_shape_type_and_range(schedule, mix):
     pairs = [data.Item("a", chart(0), chart(3))]
     pictures = [data.Item("b", gen.integers(0, 256, (40, 50, 3), dtype=np.uint8))]
     for batch in make([pictures, pairs], size=16, batch=6, mix=mix, schedule=schedule, stop=3):
-        assert batch.keys() == {"noisy", "clean"} | ({"gamma", "eps"} if schedule else set())
-        for key in batch.keys() - {"gamma"}:
+        assert batch.keys() == {"name", "noisy", "clean"} | ({"gamma", "eps"} if schedule else set())
+        assert set(batch["name"]) == {"a", "b"}
+        for key in batch.keys() - {"name", "gamma"}:
             assert batch[key].dtype == torch.float32 and batch[key].shape == (6, 3, 16, 16)
             assert batch[key].is_contiguous() and batch[key].isfinite().all()
         clean, noisy = batch["clean"], batch["noisy"]
@@ -353,7 +355,7 @@ def test_gamma_and_eps():
     per_sample = (added * eps).mean(dim=(1, 2, 3)) / (25 / 255)
     assert per_sample.abs().max() < 0.2
     without = make([charts([1])], size=16, batch=200, mix=NoiseMix(((25, 25),)), stop=3)
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(without, batches) for key in a)   # stage 1 sees the same
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(without, batches) for key in ("noisy", "clean"))   # stage 1 sees the same
 
 
 # Both training scripts
@@ -374,7 +376,7 @@ def test_validation_batch(cache, monkeypatch, tmp_path):
     for n in range(20):
         Image.fromarray(chart(n, 9, 9)).save(tmp_path / f"{n:02d}.png")
     stream, validation = crops.training_stream(options(tmp_path), SCHEDULE)
-    assert validation.keys() == {"noisy", "clean", "gamma", "eps"} and len(validation["clean"]) == 6
+    assert validation.keys() == {"name", "noisy", "clean", "gamma", "eps"} and len(validation["clean"]) == 6
     held_out = set(numbers(validation))
     shown = {n for batch in stream(0, 40) for n in numbers(batch)}
     assert len(held_out) == 6 and len(shown) == 14 and not held_out & shown
@@ -405,22 +407,22 @@ def test_labelled_patch_is_made_again(sigma, clip):
         clean = gen.integers(0, 256, (24, 40, 3), dtype=np.uint8)
         top, left = crops.random_place(clean, size, gen)
         label = {"top": top, "left": left, "size": size, "sigma": sigma, "clip": clip, "seed": 2 ** 32 - 1}
-        noisy, y = crops.labelled_patch(clean, None, label)
-        again = crops.labelled_patch(clean, None, json.loads(json.dumps(label)))
+        noisy, y = labels.patch(clean, None, label)
+        again = labels.patch(clean, None, json.loads(json.dumps(label)))
         assert torch.equal(noisy, again[0]) and torch.equal(y, again[1])
         assert noisy.shape == y.shape == (3, size, size) and noisy.dtype == y.dtype == torch.float32
         rows = min(size, 24)
         assert np.array_equal(pixels(y)[:rows], clean[top:top + rows, left:left + size])
         expected = crops.add_noise(y.permute(1, 2, 0).numpy(), sigma, clip, np.random.default_rng(label["seed"]))
         assert torch.equal(noisy, torch.from_numpy(expected).permute(2, 0, 1))
-        other = crops.labelled_patch(clean, None, label | {"seed": label["seed"] ^ 1})[0]
+        other = labels.patch(clean, None, label | {"seed": label["seed"] ^ 1})[0]
         assert torch.equal(other, noisy) == (sigma == 0)
 
 
 def test_labelled_patch_of_a_real_pair():
     clean = np.random.default_rng(0).integers(0, 200, (24, 40, 3), dtype=np.uint8)
     label = json.loads(json.dumps({"top": 5, "left": 11, "size": 16, "sigma": None, "clip": False, "seed": 3}))
-    x, y = (pixels(patch) for patch in crops.labelled_patch(clean, clean + np.uint8(40), label))
+    x, y = (pixels(patch) for patch in labels.patch(clean, clean + np.uint8(40), label))
     assert np.array_equal(y, clean[5:21, 11:27]) and np.array_equal(x, y + 40)
 
 

@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +225,23 @@ def test_a_part_never_replaces_an_input_or_a_result(capsys):
         assert re.fullmatch("error: .*\n", capsys.readouterr().err) and files() == before
 
 
+def test_a_folder_resumes_where_it_was_stopped(model, capsys):
+    """Neither doing a picture again nor leaving one out, whichever files a kill left unwritten."""
+    os.makedirs("in")
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        save(f"in/{name}", seed)
+    assert run("in", "out", "--save-parts", "parts") == 0
+    before = {path: os.stat(path).st_mtime_ns for path in ("out/a.png", "out/b.png", "out/c.png")}
+    os.remove("out/b.png")
+    os.remove("parts/c_steps.png")
+    model.calls.clear()
+    assert run("in", "out", "--save-parts", "parts", "--resume") == 0
+    assert [call[0] for call in model.calls] == ["load", "denoise", "denoise"]
+    assert os.stat("out/a.png").st_mtime_ns == before["out/a.png"]
+    assert files("out") == ["a.png", "b.png", "c.png"] and len(files("parts")) == 9
+    assert run("in", "in", "--resume", "--overwrite") == 2 and "one of them" in capsys.readouterr().err
+
+
 def test_empty_folder(capsys):
     os.makedirs("in")
     assert run("in", "out") == 2
@@ -333,19 +352,66 @@ def test_failure_of_the_model_is_said_once(model, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: this model has no controller\n" and files("out") == []
 
 
-@pytest.mark.parametrize("seed", range(60))
+def any_picture(generator):
+    """A picture file of a random kind, size and format -> (extension, bytes)."""
+    height, width = [(20, 30), (1, 1), (1, 500), (700, 3), (40, 40)][generator.integers(5)]
+    grey = generator.integers(0, 256, (height, width), np.uint8)
+    colour = generator.integers(0, 256, (height, width, 3), np.uint8)
+    kinds = {
+        "RGB": [Image.fromarray(colour)], "grey": [Image.fromarray(grey)],
+        "1 bit": [Image.fromarray(grey).convert("1")],
+        "palette": [Image.fromarray(colour).convert("P")],
+        "RGBA": [Image.fromarray(np.dstack([colour, grey]))],
+        "16 bit": [Image.fromarray(grey.astype(np.uint16) * 257)],
+        "CMYK": [Image.fromarray(colour).convert("CMYK")],
+        "float": [Image.fromarray(np.where(grey > 9, grey / 255, np.nan).astype(np.float32))],
+        "animated": [Image.fromarray(colour), Image.fromarray(255 - colour)],
+    }
+    first, *rest = kinds[list(kinds)[generator.integers(len(kinds))]]
+    extension, kind = [(".png", "PNG"), (".jpg", "JPEG"), (".tif", "TIFF"), (".webp", "WEBP")][generator.integers(4)]
+    options = {"save_all": True, "append_images": rest} if rest and kind != "JPEG" else {}
+    if first.mode == "P" and kind == "PNG":
+        options["transparency"] = 3
+    file = io.BytesIO()
+    try:
+        first.save(file, kind, **options)
+    except (OSError, ValueError):  # this format does not know this kind
+        first.convert("RGB").save(file, kind)
+    if generator.random() < 0.1:
+        extension = [".png", ".jpg", ".tif", ".webp"][generator.integers(4)]
+    return extension, bytearray(file.getvalue())
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RNG_FUZZ", 200))))
 def test_fuzz_result_or_one_sentence(seed, capsys):
+    """Whole, cut, with flipped bits, mis-named: a result, or one sentence and no file."""
     generator = np.random.default_rng(seed)
-    extension = (".png", ".jpg", ".tif", ".webp")[seed % 4]
-    save(f"in{extension}", seed)
-    data = bytearray(open(f"in{extension}", "rb").read())
-    for place in generator.integers(0, min(len(data), generator.choice([100, 10 ** 6])), generator.integers(1, 5)):
-        data[place] ^= 1 << generator.integers(8)
+    extension, content = any_picture(generator)
+    damage = generator.integers(4)
+    if damage in (1, 3):
+        for place in generator.integers(0, min(len(content), generator.choice([100, 10 ** 6])), generator.integers(1, 5)):
+            content[place] ^= 1 << generator.integers(8)
+    if damage in (2, 3):
+        content = content[:generator.integers(len(content))]
     with open(f"in{extension}", "wb") as file:
-        file.write(data[:generator.integers(len(data))] if seed % 3 == 0 else data)
+        file.write(content)
     code = run(f"in{extension}", "out.png")
     err = capsys.readouterr().err
     if code == 0:
         assert "error" not in err and files() == sorted([f"in{extension}", "out.png"])
+        read_picture("out.png")
     else:
         assert code == 2 and re.fullmatch("error: [^\n]*\n", err) and files() == [f"in{extension}"]
+
+
+@pytest.mark.parametrize("width, height", [(20_000, 20_000), (2 ** 31 - 1, 2 ** 31 - 1), (100_001, 1_000)])
+def test_a_decompression_bomb_is_refused_unopened(width, height, capsys):
+    """A few bytes that claim hundreds of megapixels."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    with open("bomb.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    assert run("bomb.png", "out.png") == 2
+    assert re.fullmatch("error: [^\n]*\n", capsys.readouterr().err) and files() == ["bomb.png"]

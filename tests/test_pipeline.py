@@ -174,6 +174,9 @@ def test_parts_add_up(model, dtype):
     unclipped = (parts.recon > 0) & (parts.recon < peak)
     assert unclipped.mean() > 0.9 and parts.residual.std() > 0.02
     assert np.abs(parts.image / peak - total)[unclipped].max() < 1e-3 + (0 if peak == 1 else 1 / peak)
+    light = model.denoise(image, steps=3, parts="steps")
+    assert np.array_equal(light.image, parts.image) and np.array_equal(light.steps, parts.steps)
+    assert light.recon is None and light.residual is None
 
 
 def test_step_map_is_the_controllers_and_zero_steps_cost_nothing(model):
@@ -323,7 +326,7 @@ def test_failed_write_leaves_the_old_file(copy, monkeypatch):
     def full_disk(*paths):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(InputError, match="recon.pt"):
         save_model(copy)
     assert (copy / "recon.pt").read_bytes() == old and len(list(copy.iterdir())) == 4

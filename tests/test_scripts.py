@@ -25,7 +25,7 @@ import evaluate
 import train_controller
 import train_gen
 import train_recon
-from rng import checkpoint, crops, ddpm, pipeline
+from rng import checkpoint, ddpm, labels, pipeline
 from rng.controller import STEPS
 from rng.images import read_rgb
 from rng.pipeline import RnG
@@ -147,9 +147,9 @@ def labels_of(model):
 
 
 def test_labels(chain):
-    labels = labels_of(chain.model)
-    assert len(labels) == 3 and len({label["seed"] for label in labels}) == 3
-    for label in labels:
+    found = labels_of(chain.model)
+    assert len(found) == 3 and len({label["seed"] for label in found}) == 3
+    for label in found:
         assert {"image", "top", "left", "size", "sigma", "clip", "seed", "lpips", "best"} <= label.keys()
         assert (chain.pictures / label["image"]).exists()
         assert 0 <= label["top"] <= 100 - 64 and 0 <= label["left"] <= 200 - 64 and label["sigma"] == 25
@@ -162,7 +162,7 @@ def test_a_label_can_be_made_again(chain):
     label = labels_of(chain.model)[1]
     loaded, lpips = RnG.load(chain.model, "cpu"), build_step_labels.metrics.LPIPS(chain.backbone)
     clean = read_rgb(chain.pictures / label["image"])
-    noisy, clean = crops.labelled_patch(clean, None, label)
+    noisy, clean = labels.patch(clean, None, label)
     x, y_r = noisy[None], loaded.reconstruct(noisy[None])
     piece = np.s_[..., :64, :64]
 
@@ -623,3 +623,14 @@ def test_every_name_in_the_map_exists():
                 thing = getattr(thing, part)
             if callable(thing):
                 assert thing.__module__ == module.__name__, f"{name} is not defined in {file}"
+
+
+def test_every_promise_of_the_readme_has_its_test():
+    section = re.search("## What you can rely on\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        for file, names in re.findall(r"`(test_\w+\.py)`((?:[^`]|`(?!test_\w+\.py`))*)", row):
+            source = (ROOT / "tests" / file).read_text()
+            for name in re.findall(r"`(test_\w+)`", names):
+                assert f"def {name}(" in source, f"{name} is not in {file}"

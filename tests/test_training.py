@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import same
 from PIL import Image
 from torch import nn
 
@@ -75,7 +77,7 @@ def train(pictures, tmp_path, monkeypatch):
 
 def label(n, made_with):
     lpips = np.random.default_rng(n).random(len(STEPS)).tolist()
-    return json.dumps({"set": 0, "image": f"{n % 6}.png", "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n,
+    return json.dumps({"n": n, "set": 0, "image": f"{n % 6}.png", "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n,
                        "clip": n % 2 == 0, "seed": n, "gen": made_with, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
 
 
@@ -107,17 +109,6 @@ def log(folder, stage):
     """The log without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / f"train_{stage}.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
-
-
-def same(a, b):
-    """Equality of nested dictionaries and lists of tensors and plain values, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return type(a) is type(b) and a == b
 
 
 def same_weights(a, b):
@@ -242,6 +233,7 @@ def test_a_loss_of_nan_keeps_the_last_checkpoint_and_the_log_goes_on_from_there(
     assert train(stage, "model") == 2
     message = refusal(capsys)
     assert "nan at iteration 5" in message and "--lr" in message
+    assert stage == "controller" or ".png" in message  # of which pictures
     assert signal.getsignal(signal.SIGINT) == handler
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.pt")} == kept
     assert load(tmp_path / "model" / f"last_{stage}.pt")["iteration"] == 3
@@ -326,7 +318,7 @@ def test_a_save_that_fails_leaves_the_old_file_alone(failing, tmp_path, monkeypa
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk without space")
 def test_a_full_disk_is_one_sentence(train, tmp_path, capsys):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "last_recon.pt.tmp").symlink_to("/dev/full")
+    (tmp_path / "model" / ".last_recon.pt.tmp").symlink_to("/dev/full")
     assert train("recon", "model") == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ") and "could not be written" in lines[-1]
@@ -338,7 +330,7 @@ def test_a_full_disk_is_one_sentence(train, tmp_path, capsys):
 def tiny_run(folder, clip_grad=1e9, ema=0.9999, cosine=False):
     """A Run of 8 iterations on a network with batch normalisation -> (run, network)."""
     args = argparse.Namespace(model=folder, iterations=8, batch=4, lr=0.1, weight_decay=0.0, clip_grad=clip_grad,
-                              ema=ema, cosine=cosine, save_every=1000, device="cpu", precision="float32")
+                              ema=ema, cosine=cosine, save_every=1000, device="cpu", precision="float32", compile=False)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 4 * 4, 1))
 
@@ -537,6 +529,23 @@ def test_training_starts_from_an_official_checkpoint(train, tmp_path):
     r = checkpoint.load_recon(tmp_path / "model" / "recon.pt")
     assert r.config == official.config
     assert same(dict(r.state_dict()), dict(official.state_dict()))
+
+
+def test_gen_starts_from_another_gen(train, tmp_path, capsys):
+    assert train("gen", "first") == 0
+    first = tmp_path / "first" / "gen.pt"
+    assert train("gen", "second", "--init", str(first), "--lr", "0", "--iterations", "1", "--base", "8") == 0
+    assert same(load(first)["state_dict"], load(tmp_path / "second" / "gen.pt")["state_dict"])
+    assert train("gen", "third", "--init", str(first), "--condition", "both") == 2
+    assert "--condition" in refusal(capsys)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_takes_the_same_steps(train, tmp_path):
+    assert train("recon", "eager", "--iterations", "2") == train("recon", "compiled", "--iterations", "2", "--compile") == 0
+    eager, compiled = (load(tmp_path / name / "recon.pt")["state_dict"] for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    assert all(torch.allclose(eager[key].float(), compiled[key].float(), atol=2e-3) for key in eager)
 
 
 def test_a_first_stage_without_data_or_with_a_file_for_a_folder(train, tmp_path, capsys):

@@ -1,0 +1,221 @@
+"""How fast it is here, as tables in Markdown; run by hand on a machine with nothing else to do:
+
+    python tests/benchmark.py                       everything
+    python tests/benchmark.py networks pictures     these parts
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import build_step_labels  # noqa: E402
+from rng import data, device, metrics, training  # noqa: E402
+from rng.crops import Crops, NoiseMix, batches  # noqa: E402
+from rng.images import read_rgb  # noqa: E402
+from rng.nafnet import NAFBlock, NAFNet, LayerNorm2d  # noqa: E402
+from rng.pipeline import RnG  # noqa: E402
+from rng.unet import UNet  # noqa: E402
+from test_metrics import slow_niqe  # noqa: E402
+
+HERE = device.pick()
+
+
+def seconds(f, runs=7):
+    """Median time of f() after one call to warm up."""
+    taken = []
+    for _ in range(runs + 1):
+        started = time.perf_counter()
+        f()
+        if HERE.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def table(*rows):
+    """Prints rows of cells, the first one as the header."""
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows[1:]:
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    print(flush=True)
+
+
+def to_device(network):
+    return network.to(HERE, memory_format=torch.channels_last)
+
+
+def noisy_picture(height, width):
+    """tests/data/noisy.png, repeated to this size, uint8."""
+    picture = read_rgb(ROOT / "tests" / "data" / "noisy.png")
+    turns = -(-height // picture.shape[0]), -(-width // picture.shape[1])
+    return np.ascontiguousarray(np.tile(picture, (*turns, 1))[:height, :width])
+
+
+class PlainLayerNorm(LayerNorm2d):
+    """Layer by layer, as formulas are written."""
+
+    def forward(self, x):
+        centred = x - x.mean(1, keepdim=True)
+        y = centred / (centred.square().mean(1, keepdim=True) + self.eps).sqrt()
+        return self.weight[:, None, None] * y + self.bias[:, None, None]
+
+
+class PlainBlock(NAFBlock):
+    """The same block layer by layer."""
+
+    def forward(self, x):
+        y = self.sg(self.conv2(self.conv1(self.norm1(x))))
+        x = x + self.conv3(y * self.sca(y)) * self.beta
+        return x + self.conv5(self.sg(self.conv4(self.norm2(x)))) * self.gamma
+
+
+def plain(network):
+    """The NAFNet with the same weights, computed layer by layer."""
+    for module in network.modules():
+        module.__class__ = {NAFBlock: PlainBlock, LayerNorm2d: PlainLayerNorm}.get(type(module), type(module))
+    return network
+
+
+def networks():
+    """One evaluation of g against a large convolution; NAFNet against its layers one by one."""
+    x = torch.rand(1, 3, 256, 256, device=HERE).contiguous(memory_format=torch.channels_last)
+    gamma = torch.full((1,), 0.5, dtype=torch.float64, device=HERE)
+    rows = []
+    wide = to_device(torch.nn.Conv2d(256, 256, 3, padding=1))
+    deep = torch.rand(1, 256, 256, 256, device=HERE).contiguous(memory_format=torch.channels_last)
+    cases = {"3x3 convolution, 256 channels": lambda: wide(deep)}
+    for base in (32, 48):
+        g = to_device(UNet(base, (1, 2, 3, 4), 1)).eval()
+        cases[f"g, base {base}, one patch"] = lambda g=g: g(x, x, gamma)
+        cases[f"g, base {base}, four patches"] = lambda g=g: g(*(z.expand(4, *z.shape[1:]) for z in (x, x, gamma)))
+    for name, f in cases.items():
+        with torch.inference_mode(), device.autocast(HERE):
+            with FlopCounterMode(display=False) as counter:
+                f()
+            rows.append((name, counter.get_total_flops() / 1e9, seconds(f)))
+    peak = rows[0][1] / rows[0][2]
+    table(("network, 256 x 256", "GFLOP", "seconds", "TFLOP/s", "share of the convolution's"),
+          *((name, flop, time, flop / time / 1e3, flop / time / peak) for name, flop, time in rows))
+
+    rows = []
+    for name, change in (("NAFNet, small preset", lambda r: r), ("layer by layer", plain)):
+        torch.manual_seed(0)
+        r = change(to_device(NAFNet(24, (1, 1, 2, 2), 2, (1, 1, 1, 1))))
+
+        def forward():
+            with torch.inference_mode(), device.autocast(HERE):
+                return r(x)
+
+        def step():
+            with device.autocast(HERE):
+                y = r(x)
+            training.reconstruction_loss(x, y, "psnr").backward()
+
+        rows.append((name, seconds(forward), seconds(step)))
+    table(("r, 256 x 256", "forward, s", "training step, s"), *rows)
+
+
+def precision():
+    """bfloat16 against float32, on the shipped model."""
+    noisy = noisy_picture(256, 256)
+    lpips = metrics.load_lpips()
+    y = {}
+    for name in ("float32", "bfloat16"):
+        model = RnG.load("default", precision=name)
+        y[name] = torch.from_numpy(model.denoise(noisy, steps=50)).permute(2, 0, 1)[None].float() / 255
+    table(("bfloat16 against float32, 50 steps", "PSNR, dB", "LPIPS"),
+          ("", metrics.psnr(*y.values()).item(), lpips(*y.values()).item() if lpips else "-"))
+
+
+def pictures():
+    """denoise.py on four sizes: seconds and peak memory; evaluations of g that the controller saves."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for height, width in ((512, 512), (1024, 1024), (2048, 2048), (4096, 4096)):
+            Image.fromarray(noisy_picture(height, width)).save(Path(folder) / "in.png")
+            started = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / "denoise.py", "in.png", "out.png"], cwd=folder, check=True,
+                           capture_output=True)
+            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # the most so far: sizes ascend
+            taken = time.perf_counter() - started
+            rows.append((f"{width} x {height}", taken, taken / (height * width / 1e6), memory))
+    table(("picture", "seconds", "seconds per megapixel", "peak memory, GB"), *rows)
+    steps = RnG.load("default").denoise(noisy_picture(1024, 1024), parts=True).steps
+    table(("evaluations of g, 1024 x 1024", "s chooses", "100 steps everywhere"), ("", steps.sum(), 100 * steps.size))
+
+
+def scores():
+    """LPIPS, and NIQE against its formulas block by block, on one megapixel; step labels."""
+    x = torch.from_numpy(noisy_picture(1024, 1024)).permute(2, 0, 1)[None].float() / 255
+    rows = [("niqe", seconds(lambda: metrics.niqe(x), 3)), ("NIQE block by block", seconds(lambda: slow_niqe(x[0]), 1))]
+    lpips = metrics.load_lpips()
+    if lpips:
+        rows.append(("LPIPS", seconds(lambda: lpips(x, x.flip(3)), 3)))
+        model, patch = RnG.load("default"), x[0, :, :128, :128]
+        rows.append(("one step label, 128 x 128", seconds(
+            lambda: build_step_labels.lpips_of_each_step(model, lpips, patch, patch, 0), 2)))
+    table(("metric", "seconds"), *rows)
+
+
+def waiting():
+    """Share of the time that training on 16-megapixel PNG pairs waits for crops, two worker processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(20):
+            for kind in ("noisy", "clean"):
+                (Path(folder) / kind).mkdir(exist_ok=True)
+                Image.fromarray(np.roll(noisy_picture(4096, 4096), 97 * n, 1)).save(Path(folder) / kind / f"{n}.png",
+                                                                                    compress_level=1)
+        items = data.items("pairs", folder)
+        stream = batches(Crops([items], [1], 80, 16, NoiseMix(((0, 55),)), 0, 0, 200), workers=2)
+        r = to_device(NAFNet(24, (1, 1, 2, 2), 2, (1, 1, 1, 1)))
+        next(stream)
+        started, waited, before = time.perf_counter(), 0.0, time.perf_counter()
+        for batch in stream:
+            waited += time.perf_counter() - before
+            with device.autocast(HERE):
+                y = r(batch["noisy"].to(HERE))
+            training.reconstruction_loss(batch["clean"].to(HERE), y, "psnr").backward()
+            before = time.perf_counter()
+        table(("16-megapixel pairs, small preset, 199 iterations", "seconds", "share waiting for data"),
+              ("", time.perf_counter() - started, waited / (time.perf_counter() - started)))
+
+
+def processes():
+    """Images a second of both training stages, with one process and with two."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in ("recon", "gen"):
+            for count in (1, 2):
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                "--nproc_per_node", str(count), ROOT / f"train_{stage}.py", "--model", folder, "--preset", "small", "--data", "sample",
+                                "--iterations", "101", "--save-every", "1000", "--seed", str(count)],
+                               check=True, capture_output=True)
+                log = (Path(folder) / f"train_{stage}.jsonl").read_text().splitlines()
+                rows.append((stage, count, json.loads(log[1])["images_per_s"]))
+                (Path(folder) / f"last_{stage}.pt").unlink()
+    table(("stage", "processes", "images/s"), *rows)
+
+
+PARTS = {part.__name__: part for part in (networks, precision, pictures, scores, waiting, processes)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, metavar="part", help=", ".join(PARTS))
+    print(f"torch {torch.__version__}, {HERE}, {torch.get_num_threads()} threads, "
+          f"{'bfloat16' if device.bfloat16_pays(HERE) else 'float32'}\n")
+    for name in parser.parse_args().parts or PARTS:
+        PARTS[name]()
