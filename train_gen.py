@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rng import checkpoint, crops, ddpm, device, distributed, metrics, training
@@ -24,6 +25,7 @@ PRESETS = {
 }
 T_TRAIN = 2000          # steps of the paper's fine-grained training schedule
 VALIDATION_STEPS = 100  # inverse steps of the validation LPIPS: fewer leave grain that hides what g has learned
+LPIPS_STRIDE = 4        # pixels between the places at which AlexNet looks
 SCALE_BATCHES = 32      # on which the residual's standard deviation is measured
 
 
@@ -45,8 +47,11 @@ def main(argv=None):
                         help="clean: Table 4's generative part only, r is the constant 0.5")
     parser.add_argument("--residual-scale", type=number(float, 1e-3),
                         help="g learns (y - r(x)) times this; default 1 / std(y - r(x)); 1 is the paper's letter")
+    parser.add_argument("--perceptual-weight", type=number(float, 0), default=0.0,
+                        help="so many times LPIPS between y and r(x) + g's estimate of d_0 is added to Eq. 5; "
+                             "not in the paper (default: 0)")
     parser.add_argument("--init", type=Path, help="start from this gen.pt, whose sizes win")
-    parser.add_argument("--lpips-backbone", help="AlexNet weights for the validation LPIPS")
+    parser.add_argument("--lpips-backbone", help="AlexNet weights for LPIPS")
     training.add_crop_arguments(parser)
     args = training.parse(parser, PRESETS, argv)
 
@@ -70,8 +75,9 @@ def main(argv=None):
     stream, held_out = crops.training_stream(args, ddpm.linear_schedule(T_TRAIN, args.train_end))
     settings = {"condition": args.condition, "target": args.target, "residual_scale": args.residual_scale}
     lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
-    if lpips and args.crop < metrics.LPIPS_SIZE:
-        raise InputError(f"validation by LPIPS needs a --crop of at least {metrics.LPIPS_SIZE} pixels")
+    if lpips and args.crop < metrics.LPIPS_SIZE + LPIPS_STRIDE:
+        raise InputError(f"validation by LPIPS needs a --crop of at least {metrics.LPIPS_SIZE + LPIPS_STRIDE} pixels")
+    perceptual = metrics.LPIPS(args.lpips_backbone).to(device.pick(args.device)) if args.perceptual_weight else None
 
     def estimate(x):
         """r(x), or the constant of --target clean, for noisy crops (N, 3, H, W)."""
@@ -107,7 +113,15 @@ def main(argv=None):
             y_r = estimate(x)                                                        # (N, 3, crop, crop)
             d_0 = (y - y_r) * settings["residual_scale"]
             cond = condition(args.condition, x, y_r)
-            loss = ddpm.loss(run.replicas["gen"], cond, d_0, batch["gamma"], batch["eps"], p=1)  # Eq. 5
+
+            def further(d_0_hat):
+                """--perceptual-weight: LPIPS of a window placed at random, so that g learns no pattern of AlexNet's grid."""
+                top, left = np.random.default_rng([args.seed, run.iteration]).integers(LPIPS_STRIDE, size=2)
+                y_hat = (y_r + d_0_hat / settings["residual_scale"]).clamp(0, 1)
+                return args.perceptual_weight * perceptual(y_hat[..., top:, left:], y[..., top:, left:]).mean()
+
+            loss = ddpm.loss(run.replicas["gen"], cond, d_0, batch["gamma"], batch["eps"], p=1,
+                             further=further if perceptual else None)                # Eq. 5
             if args.scheme == "intermediate":
                 loss = loss + training.reconstruction_loss(y, y_r)                   # Eq. 4
         run.step(loss)

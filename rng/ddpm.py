@@ -51,12 +51,22 @@ def draw_gamma(schedule, generator):
     return generator.uniform(schedule.gamma[t], schedule.gamma[t - 1])
 
 
-def loss(g, x, d_0, gamma, eps, p=1):
+def estimate(d_t, eps_hat, gamma):
+    """Eq. 1 solved for d_0: (d_t - sqrt(1 - gamma) eps_hat) / sqrt(gamma); shapes as for q_sample."""
+    gamma = gamma[:, None, None, None]
+    return (d_t - (1 - gamma).sqrt().float() * eps_hat) / gamma.sqrt().float()
+
+
+def loss(g, x, d_0, gamma, eps, p=1, further=None):
     """Eqs. 2 and 5: mean |eps - g(x, sqrt(gamma) d_0 + sqrt(1 - gamma) eps, gamma)|^p, with p = 1 in the paper.
 
     x: condition (N, C, H, W) in [0, 1]; d_0: scaled residual (N, 3, H, W); gamma: (N,) float64; eps: (N, 3, H, W).
+    further(d_0_hat): a loss of g's estimate of d_0, (N, 3, H, W), to be added; the paper has none.
     """
-    return (eps - g(x, q_sample(d_0, gamma, eps), gamma).float()).abs().pow(p).mean()
+    d_t = q_sample(d_0, gamma, eps)
+    eps_hat = g(x, d_t, gamma).float()
+    value = (eps - eps_hat).abs().pow(p).mean()
+    return value + further(estimate(d_t, eps_hat, gamma)) if further else value
 
 
 def step(d_t, eps_hat, t, schedules, eps_t, variance="paper"):

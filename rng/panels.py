@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from rng import scoring, tiling
+from rng import ddpm, scoring, tiling
 from rng.controller import STEPS
 from rng.figures import Series, captioned, chart, grid
 
@@ -67,9 +67,7 @@ def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 
     def record(g, inputs, eps_hat):
         """Eq. 1 solved for d_0, in [0, 1] units."""
         _, d_t, gamma = inputs
-        gamma = gamma[:, None, None, None]
-        d_0 = (d_t - (1 - gamma).sqrt() * eps_hat) / gamma.sqrt()
-        estimates.append(d_0.float() / model.settings["residual_scale"])
+        estimates.append(ddpm.estimate(d_t, eps_hat.float(), gamma) / model.settings["residual_scale"])
 
     def noise(key, index):
         return tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])[None].to(model.device)

@@ -135,6 +135,21 @@ def test_loss_is_the_papers_l1_by_default():
     assert value.item() == pytest.approx(eps.abs().mean().item())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_further_loss_sees_the_estimate_of_d_0(seed):
+    gen = generator(seed)
+    x, d_0, eps = (torch.tensor(gen.normal(size=(5, 3, 4, 6)), dtype=torch.float32) for _ in range(3))
+    gamma = torch.tensor(gen.uniform(0.01, 1, 5))
+    seen = []
+
+    def further(d_0_hat):
+        seen.append(d_0_hat)
+        return d_0_hat.square().mean()
+
+    value = ddpm.loss(lambda *_: eps, x, d_0, gamma, eps, further=further)  # a g that knows the noise
+    assert torch.allclose(seen[0], d_0, atol=1e-4) and value.item() == pytest.approx(d_0.square().mean().item(), rel=1e-3)
+
+
 # Eq. 3, one inverse step
 
 

@@ -1,6 +1,7 @@
 """evaluate.py beside other methods' pictures, its plane and figures; charts; the perceptual loss."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate
+import train_gen
 import train_recon
 from rng import checkpoint, figures, panels, scoring
 from rng.controller import StepController
@@ -143,14 +145,17 @@ def test_training_curves(tmp_path, capsys):
     assert figures.main([]) == 2 and "train first" in capsys.readouterr().err
 
 
-def test_perceptual_weight_is_part_of_the_loss(world, tmp_path):
-    def first_loss(*options):
-        folder = tmp_path / "-".join(map(str, options))
-        assert train_recon.main([str(option) for option in (
-            "--data", "images", "--root", world / "pictures", "--model", folder, "--width", 4, "--enc", 1, "--middle", 1,
-            "--dec", 1, "--batch", 2, "--iterations", 1, "--crop", 64, "--validation", 1, "--workers", 0, "--sigma", 25,
-            "--device", "cpu", "--precision", "float32", "--lpips-backbone", world / "alexnet.npz", *options)]) == 0
-        return json.loads((folder / "train_recon.jsonl").read_text().splitlines()[0])["loss"]
+@pytest.mark.parametrize("script, sizes", [(train_recon, "--width 4 --enc 1 --middle 1 --dec 1"),
+                                           (train_gen, "--base 4 --blocks 1")])
+def test_perceptual_weight_is_part_of_the_loss(script, sizes, world, tmp_path):
+    def first_loss(weight):
+        folder = tmp_path / str(weight)
+        shutil.copytree(world / "model", folder)
+        options = ("--data", "images", "--root", world / "pictures", "--model", folder, "--perceptual-weight", weight,
+                   "--batch", 2, "--iterations", 1, "--crop", 64, "--validation", 1, "--workers", 0, "--sigma", 25,
+                   "--device", "cpu", "--precision", "float32", "--lpips-backbone", world / "alexnet.npz")
+        assert script.main([*sizes.split(), *map(str, options)]) == 0
+        return json.loads(next(folder.glob("train_*.jsonl")).read_text().splitlines()[0])["loss"]
 
-    plain, light, heavy = (first_loss("--perceptual-weight", weight) for weight in (0, 1, 3))
+    plain, light, heavy = map(first_loss, (0, 1, 3))
     assert light > plain and heavy - plain == pytest.approx(3 * (light - plain), rel=1e-4)
