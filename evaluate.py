@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import checkpoint, data, figures, metrics, panels, scoring, tiling
+from rng import checkpoint, data, ddpm, figures, metrics, panels, scoring, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.files import make_folder, write_text
@@ -196,7 +196,10 @@ def draw(args, model, some):
 
 
 def search_schedule(args, model, some):
-    """For each step count the end point and detail of lowest mean LPIPS, on one patch from each picture and sigma."""
+    """For each step count the end point and detail of lowest mean LPIPS, on one patch from each picture and sigma.
+
+    End points with which that many steps would start noisier than g was trained are left out: it would shift colours.
+    """
     if model.gen is None:
         raise InputError("the schedule is searched with g; train it first")
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
@@ -220,15 +223,20 @@ def search_schedule(args, model, some):
     print(protocol(args, some) + " In brackets: the best detail.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " |\n|" + "---|" * (1 + len(args.ends)))
     found = {"gen": checkpoint.fingerprint(model.gen), "end": {}, "detail": {}}
+    trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings["train_end"])
     for steps in STEPS[1:]:
-        scores = []
+        scores = {}  # {end point: (LPIPS, best detail)}
         for end in args.ends:
+            noisier = ddpm.linear_schedule(steps, end).gamma[-1] < trained.gamma[-1]
+            if noisier and end > min(args.ends):
+                continue
             model.ends[steps], model.details[steps] = end, 1.0
             d_0 = model.generate(x, y_r, [steps] * len(x), noise)
-            scores.append(min((mean_lpips(y_r + detail * d_0), detail) for detail in args.details))
-        found["end"][str(steps)] = args.ends[scores.index(min(scores))]
-        found["detail"][str(steps)] = min(scores)[1]
-        print(f"| {steps} | " + " | ".join(f"{score:.4f} ({detail:g})" for score, detail in scores) + " |", flush=True)
+            scores[end] = min((mean_lpips(y_r + detail * d_0), detail) for detail in args.details)
+        best = min(scores, key=scores.get)
+        found["end"][str(steps)], found["detail"][str(steps)] = best, scores[best][1]
+        cells = ("{:.4f} ({:g})".format(*scores[end]) if end in scores else "-" for end in args.ends)
+        print(f"| {steps} | " + " | ".join(cells) + " |", flush=True)
     print(f"\nr alone: LPIPS {mean_lpips(y_r):.4f}")
     write_text(find_folder(args.model) / "schedule.json", json.dumps(found, indent=1) + "\n")
     return 0

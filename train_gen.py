@@ -23,7 +23,6 @@ PRESETS = {
     "small": dict(base=32, multipliers=[1, 2, 3, 4], blocks=1, train_end=0.006, iterations=10000, batch=16,
                   crop=64, lr=4e-4, cosine=True, weight_decay=1e-4, clip_grad=0.1, ema=0.999),
 }
-T_TRAIN = 2000          # steps of the paper's fine-grained training schedule
 VALIDATION_STEPS = 100  # inverse steps of the validation LPIPS: fewer leave grain that hides what g has learned
 LPIPS_STRIDE = 4        # pixels between the places at which AlexNet looks
 SCALE_BATCHES = 32      # on which the residual's standard deviation is measured
@@ -72,11 +71,13 @@ def main(argv=None):
         r = UNet(args.base, args.multipliers, args.blocks, noise_level=False)
         networks = {"gen": g, "recon": r}
     r = r.to(device.pick(args.device), memory_format=torch.channels_last)
-    stream, held_out = crops.training_stream(args, ddpm.linear_schedule(T_TRAIN, args.train_end))
-    settings = {"condition": args.condition, "target": args.target, "residual_scale": args.residual_scale}
+    stream, held_out = crops.training_stream(args, ddpm.linear_schedule(ddpm.T_TRAIN, args.train_end))
+    settings = {"condition": args.condition, "target": args.target, "residual_scale": args.residual_scale,
+                "train_end": args.train_end}
     lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
-    if lpips and args.crop < metrics.LPIPS_SIZE + LPIPS_STRIDE:
-        raise InputError(f"validation by LPIPS needs a --crop of at least {metrics.LPIPS_SIZE + LPIPS_STRIDE} pixels")
+    least = metrics.LPIPS_SIZE + (LPIPS_STRIDE - 1 if args.perceptual_weight else 0)
+    if lpips and args.crop < least:
+        raise InputError(f"LPIPS needs a --crop of at least {least} pixels")
     perceptual = metrics.LPIPS(args.lpips_backbone).to(device.pick(args.device)) if args.perceptual_weight else None
 
     def estimate(x):

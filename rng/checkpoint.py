@@ -88,12 +88,12 @@ def load_recon(path):
 
 
 def load_gen(path):
-    """g from gen.pt -> (UNet, settings): condition, target, residual_scale and recon, the fingerprint of its r."""
+    """g from gen.pt -> (UNet, settings): condition, target, residual_scale, train_end and recon, its r's fingerprint."""
     content = load_weights(path, "gen")
     settings = dict(content["config"])
     config = {key: value for key, value in settings.pop("unet", {}).items() if key != "arch"}
-    settings.setdefault("recon", None)
-    if settings.keys() != {"condition", "target", "residual_scale", "recon"}:
+    settings = {"recon": None, "train_end": 0.01} | settings
+    if settings.keys() != {"condition", "target", "residual_scale", "recon", "train_end"}:
         raise InputError(f"{path} does not hold the network it should; fetch or train it again")
     return _rebuild(path, UNet, config, content["state_dict"]), settings
 

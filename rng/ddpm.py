@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-BETA_1 = 1e-6  # 1 - alpha at t = 1, the paper's 1 - alpha_0 (Sec. 4, Training Details)
+T_TRAIN = 2000  # steps of the training schedule (Sec. 4, Training Details)
+BETA_1 = 1e-6   # 1 - alpha at t = 1, the paper's 1 - alpha_0 (Sec. 4, Training Details)
 
 
 class Schedule(NamedTuple):

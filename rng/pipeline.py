@@ -64,7 +64,7 @@ def find_folder(name_or_folder):
 class RnG:
     """The three networks of a model folder, in eval mode on one device.
 
-    recon: r; gen: g or None; settings: g's condition, target and residual_scale; controller: s or None;
+    recon: r; gen: g or None; settings: g's, as checkpoint.load_gen returns them; controller: s or None;
     ends: {steps: end point of 1 - alpha}; counts that are not in it end at ddpm.default_end.
     details: {steps: scale of d_0}; 1, the paper, for counts that are not in it.
     """
