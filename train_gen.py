@@ -24,6 +24,7 @@ PRESETS = {
                   crop=64, lr=4e-4, cosine=True, weight_decay=1e-4, clip_grad=0.1, ema=0.999),
 }
 VALIDATION_STEPS = 100  # inverse steps of the validation LPIPS: fewer leave grain that hides what g has learned
+OWN_GAMMA = 0.02        # noise level of --own-estimate: next to pure noise, but the estimate is not yet mostly amplified error
 LPIPS_STRIDE = 4        # pixels between the places at which AlexNet looks
 SCALE_BATCHES = 32      # on which the residual's standard deviation is measured
 
@@ -49,6 +50,9 @@ def main(argv=None):
     parser.add_argument("--perceptual-weight", type=number(float, 0), default=0.0,
                         help="so many times LPIPS between y and r(x) + g's estimate of d_0 is added to Eq. 5; "
                              "not in the paper (default: 0)")
+    parser.add_argument("--own-estimate", action="store_true",
+                        help="in every second sample d_0 is g's own estimate from pure noise, as in sampling, where g goes on "
+                             "from what it made itself; with --perceptual-weight; not in the paper")
     parser.add_argument("--init", type=Path, help="start from this gen.pt, whose sizes win")
     parser.add_argument("--lpips-backbone", help="AlexNet weights for LPIPS")
     training.add_crop_arguments(parser)
@@ -114,6 +118,8 @@ def main(argv=None):
             y_r = estimate(x)                                                        # (N, 3, crop, crop)
             d_0 = (y - y_r) * settings["residual_scale"]
             cond = condition(args.condition, x, y_r)
+            if args.own_estimate:
+                d_0[::2] = own_estimate(run.replicas["gen"], cond[::2], batch["eps"].roll(1, 0)[::2])
 
             def further(d_0_hat):
                 """--perceptual-weight: LPIPS of a window placed at random, so that g learns no pattern of AlexNet's grid."""
@@ -141,6 +147,13 @@ def measured_scale(args, run, estimate):
     residuals = torch.cat(residuals).double()
     mean, square = distributed.mean([residuals.mean().item(), residuals.square().mean().item()], run.device)
     return (square - mean ** 2) ** -0.5
+
+
+def own_estimate(g, cond, eps):
+    """What g makes of pure noise eps (N, 3, H, W) in one step, for conditions cond (N, C, H, W): d_0, (N, 3, H, W)."""
+    gamma = torch.full((len(eps),), OWN_GAMMA, dtype=torch.float64, device=eps.device)
+    with torch.no_grad():
+        return ddpm.estimate(eps, g(cond, eps, gamma).float(), gamma)
 
 
 def fixed_noise(x):

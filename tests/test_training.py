@@ -21,7 +21,7 @@ from torch import nn
 import train_controller
 import train_gen
 import train_recon
-from rng import checkpoint, crops, metrics, training
+from rng import checkpoint, crops, ddpm, metrics, training
 from rng.controller import STEPS
 from rng.errors import InputError
 from rng.nafnet import NAFNet
@@ -529,6 +529,25 @@ def test_training_starts_from_an_official_checkpoint(train, tmp_path):
     r = checkpoint.load_recon(tmp_path / "model" / "recon.pt")
     assert r.config == official.config
     assert same(dict(r.state_dict()), dict(official.state_dict()))
+
+
+def test_own_estimate_of_a_g_that_knows_is_what_it_knows():
+    d_0, cond, eps = (torch.from_numpy(np.random.default_rng(n).standard_normal((4, 3, 8, 8))) for n in range(3))
+
+    def g(x, d_t, gamma):
+        gamma = gamma[:, None, None, None]
+        return (d_t - gamma.sqrt() * d_0) / (1 - gamma).sqrt()
+
+    assert torch.allclose(train_gen.own_estimate(g, cond, eps).double(), d_0, atol=1e-4)
+
+
+def test_own_estimates_take_the_place_of_every_second_sample(train, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_gen, "own_estimate", lambda g, cond, eps: torch.full_like(eps, 3.0))
+    real = ddpm.loss
+    monkeypatch.setattr(ddpm, "loss", lambda g, x, d_0, *rest, **further: (seen.append(d_0), real(g, x, d_0, *rest, **further))[1])
+    assert train("gen", "model", "--own-estimate") == 0
+    assert all((d_0[::2] == 3).all() and (d_0[1::2] != 3).any() for d_0 in seen) and seen
 
 
 def test_gen_starts_from_another_gen(train, tmp_path, capsys):
