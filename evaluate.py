@@ -65,6 +65,8 @@ def main(argv=None):
     parser.add_argument("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
     parser.add_argument("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
                         help="scales of d_0 to search beside them; the paper knows only 1")
+    parser.add_argument("--variance", choices=ddpm.VARIANCES, default="paper",
+                        help="of Eq. 3's noise in the search, kept in schedule.json; the paper knows only the first")
     args = parser.parse_args(argv)
 
     model = RnG.load(args.model, args.device, args.precision, schedule=not args.search_schedule)
@@ -202,6 +204,7 @@ def search_schedule(args, model, some):
     """
     if model.gen is None:
         raise InputError("the schedule is searched with g; train it first")
+    model.variance = args.variance
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
     args.centre_crop = min(args.centre_crop or tiling.PATCH, tiling.PATCH)
     pairs = [scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy) for sigma in args.sigma for item in some]
@@ -222,7 +225,7 @@ def search_schedule(args, model, some):
 
     print(protocol(args, some) + " In brackets: the best detail.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " |\n|" + "---|" * (1 + len(args.ends)))
-    found = {"gen": checkpoint.fingerprint(model.gen), "end": {}, "detail": {}}
+    found = {"gen": checkpoint.fingerprint(model.gen), "variance": args.variance, "end": {}, "detail": {}}
     trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings["train_end"])
     for steps in STEPS[1:]:
         scores = {}  # {end point: (LPIPS, best detail)}

@@ -11,6 +11,7 @@ import torch
 
 T_TRAIN = 2000  # steps of the training schedule (Sec. 4, Training Details)
 BETA_1 = 1e-6   # 1 - alpha at t = 1, the paper's 1 - alpha_0 (Sec. 4, Training Details)
+VARIANCES = ("paper", "posterior")  # of Eq. 3's noise, see step
 
 
 class Schedule(NamedTuple):
@@ -80,7 +81,7 @@ def step(d_t, eps_hat, t, schedules, eps_t, variance="paper"):
     alpha = np.array([schedule.alpha[t] for schedule in schedules])
     gamma = np.array([schedule.gamma[t] for schedule in schedules])
     gamma_prev = np.array([schedule.gamma[t - 1] for schedule in schedules])
-    if variance not in ("paper", "posterior"):
+    if variance not in VARIANCES:
         raise ValueError(f'variance is "paper" or "posterior", not {variance!r}')
     sigma2 = (1 - alpha) if variance == "paper" else (1 - alpha) * (1 - gamma_prev) / (1 - gamma)
 

@@ -31,17 +31,19 @@ def condition(kind, x, y_r):
 
 
 def load_schedule(path, gen):
-    """schedule.json -> (end points 1 - alpha_T, details), each {steps: number}; both empty if there is no such file.
+    """schedule.json -> (end points 1 - alpha_T, details, variance of ddpm.step), the first two each {steps: number}.
+
+    Without such a file both are empty and the variance is the paper's.
 
     gen: the fingerprint of g, or None.
     """
     if not path.exists():
-        return {}, {}
+        return {}, {}, "paper"
     try:
         content = json.loads(path.read_text())
         ends, details = ({int(steps): float(value) for steps, value in part.items()}
                          for part in (content["end"], content.get("detail", {})))
-        searched_with = content.get("gen", gen)
+        searched_with, variance = content.get("gen", gen), content.get("variance", "paper")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged; run evaluate.py --search-schedule again") from error
     if searched_with != gen:
@@ -50,7 +52,9 @@ def load_schedule(path, gen):
         raise InputError(f"{path} has an end point outside (0, 1); run evaluate.py --search-schedule again")
     if any(not 0 <= detail <= 2 for detail in details.values()):
         raise InputError(f"{path} has a detail outside [0, 2]; run evaluate.py --search-schedule again")
-    return ends, details
+    if variance not in ddpm.VARIANCES:
+        raise InputError(f"{path} has an unknown variance; run evaluate.py --search-schedule again")
+    return ends, details, variance
 
 
 def find_folder(name_or_folder):
@@ -66,16 +70,16 @@ class RnG:
 
     recon: r; gen: g or None; settings: g's, as checkpoint.load_gen returns them; controller: s or None;
     ends: {steps: end point of 1 - alpha}; counts that are not in it end at ddpm.default_end.
-    details: {steps: scale of d_0}; 1, the paper, for counts that are not in it.
+    details: {steps: scale of d_0}; 1, the paper, for counts that are not in it. variance: that of ddpm.step.
     """
 
     def __init__(self, recon, gen=None, settings=None, controller=None, ends=None, details=None,
-                 device_name="auto", precision="auto"):
+                 device_name="auto", precision="auto", variance="paper"):
         self.device, self.precision = device.pick(device_name), precision
         self.recon, self.gen, self.controller = (
             network and network.to(self.device, memory_format=torch.channels_last).eval()
             for network in (recon, gen, controller))
-        self.settings, self.ends, self.details = settings, ends or {}, details or {}
+        self.settings, self.ends, self.details, self.variance = settings, ends or {}, details or {}, variance
 
     @classmethod
     def load(cls, name_or_folder="default", device="auto", precision="auto", schedule=True):
@@ -92,10 +96,10 @@ class RnG:
                 raise InputError(f"{folder / 'gen.pt'} was trained with another recon.pt; bring back that one, or train g again")
         if (folder / "controller.pt").exists():
             controller = checkpoint.load_controller(folder / "controller.pt")
-        ends = details = None
+        ends, details, variance = None, None, "paper"
         if schedule:
-            ends, details = load_schedule(folder / "schedule.json", gen and checkpoint.fingerprint(gen))
-        return cls(recon, gen, settings, controller, ends, details, device, precision)
+            ends, details, variance = load_schedule(folder / "schedule.json", gen and checkpoint.fingerprint(gen))
+        return cls(recon, gen, settings, controller, ends, details, device, precision, variance)
 
     def schedule(self, steps):
         """The noise schedule for one step count."""
@@ -119,7 +123,7 @@ class RnG:
             return self.controller.predict_steps(x).tolist()
 
     @torch.inference_mode()
-    def generate(self, x, y_r, steps, noise, variance="paper", batch=None, callback=None):
+    def generate(self, x, y_r, steps, noise, batch=None, callback=None):
         """Algorithm 1, lines 2 to 5: d_0 in [0, 1] units, (N, 3, H, W), for patches x, y_r (N, 3, H, W).
 
         steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample.
@@ -134,7 +138,7 @@ class RnG:
                 return self.gen(x.contiguous(memory_format=torch.channels_last), d_t, gamma)
 
         schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
-        d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, variance,
+        d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, self.variance,
                           batch or BATCH[self.device.type], callback)
         scale = [self.details.get(T, 1.0) / self.settings["residual_scale"] for T in steps]
         return d_0 * torch.tensor(scale, device=self.device)[:, None, None, None]

@@ -17,7 +17,7 @@ class DDIM(RnG):
     """Exercise 1: steps back without fresh noise (Song et al., 2021)."""
 
     @torch.inference_mode()
-    def generate(self, x, y_r, steps, noise, variance="paper", batch=None, callback=None):
+    def generate(self, x, y_r, steps, noise, batch=None, callback=None):
         d = torch.zeros_like(x)
         cond = condition(self.settings["condition"], x, y_r)
         for i, T in enumerate(steps):

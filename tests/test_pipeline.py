@@ -255,11 +255,11 @@ def save_model(folder, condition="noisy", target="residual"):
     checkpoint.save_weights(folder / "recon.pt", "recon", recon.config, recon, {"iterations": 1})
     checkpoint.save_weights(folder / "gen.pt", "gen", {"unet": gen.config, **settings}, gen, {})
     checkpoint.save_weights(folder / "controller.pt", "controller", s.config, s, {})
-    (folder / "schedule.json").write_text(json.dumps({"end": ENDS, "detail": DETAILS}))
+    (folder / "schedule.json").write_text(json.dumps({"end": ENDS, "detail": DETAILS, "variance": "posterior"}))
     for network in (recon, gen, s):
         for parameter in network.parameters():
             parameter.data = parameter.data.half().float()
-    return RnG(recon, gen, settings, s, ENDS, DETAILS, "cpu", "float32")
+    return RnG(recon, gen, settings, s, ENDS, DETAILS, "cpu", "float32", "posterior")
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,7 @@ def test_schedule(chain):
         assert float(score) == min(float(score) for score, _ in tried.values())
         assert float(best) == details[steps.strip()] in (0.5, 1)
     loaded = RnG.load(chain.model, "cpu")
+    assert loaded.variance == found["variance"] == "paper"
     np.testing.assert_array_equal(loaded.schedule(30).gamma, ddpm.linear_schedule(30, ends["30"]).gamma)
     np.testing.assert_array_equal(loaded.schedule(25).gamma, ddpm.linear_schedule(25, 10 / 25).gamma)
 
@@ -497,7 +498,7 @@ def test_a_weight_file_whose_parts_do_not_fit(chain, model):
 
 
 @pytest.mark.parametrize("content", [
-    "", "{", "[]", "3", '{"end": 3}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}',
+    "", "{", "[]", "3", '{"end": 3}', '{"end": {}, "variance": "none"}', '{"ends": {}}', '{"end": {"ten": 0.5}}', '{"end": {"10": "x"}}',
     '{"end": {"10": 2}}', '{"end": {"0": 0.5}}', '{"end": {"10": NaN}}', '{"end": {}, "detail": {"10": 3}}',
     '{"end": {}, "detail": []}', '{"end": {}, "detail": {"10": NaN}}'])
 def test_a_malformed_schedule(content, chain, model):
