@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import checkpoint, crops, data, distributed, labels, metrics, tiling
+from rng import crops, data, distributed, labels, metrics, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.pipeline import RnG, find_folder
@@ -45,7 +45,7 @@ def main(argv=None):
     path = folder / (f"step_labels.{rank}.jsonl" if rank else "step_labels.jsonl")
     labels.drop_torn_line(path)
     done = {label["n"] for label in labels.read(folder)}
-    made_with = checkpoint.fingerprint(model.gen)
+    made_with = labels.made_with(folder)
     mine = range(rank, args.patches, distributed.world_size())
     todo = [n for n in mine if n not in done]
     started = time.time()
@@ -57,7 +57,7 @@ def main(argv=None):
         top, left = crops.random_place(clean, args.size, generator)
         sigma, clip = mix.draw(generator) if noisy is None else (None, False)
         label = {"n": n, "set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma,
-                 "clip": clip, "seed": int(generator.integers(2 ** 32)), "gen": made_with}
+                 "clip": clip, "seed": int(generator.integers(2 ** 32)), **made_with}
         label["lpips"] = lpips_of_each_step(model, lpips, *labels.patch(clean, noisy, label), label["seed"])
         label["best"] = STEPS[int(np.argmin(label["lpips"]))]  # ties go to the smaller step
         labels.append(path, label)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from rng import checkpoint, data, ddpm, figures, metrics, panels, scoring, tiling
-from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.files import make_folder, write_text
 from rng.images import check_writable, read_rgb, write_picture
 from rng.pipeline import PEAK, RnG, find_folder
+from rng.search import search
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
 ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -65,6 +65,9 @@ def main(argv=None):
     parser.add_argument("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
     parser.add_argument("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
                         help="scales of d_0 to search beside them; the paper knows only 1")
+    parser.add_argument("--complement", action="store_true",
+                        help="choose what lowers the LPIPS of the best count of each patch, fewer steps included, instead of "
+                             "the LPIPS of this count alone: the counts then differ, for s to choose from; not in the paper")
     parser.add_argument("--variance", choices=ddpm.VARIANCES, default="paper",
                         help="of Eq. 3's noise in the search, kept in schedule.json; the paper knows only the first")
     args = parser.parse_args(argv)
@@ -198,10 +201,7 @@ def draw(args, model, some):
 
 
 def search_schedule(args, model, some):
-    """For each step count the end point and detail of lowest mean LPIPS, on one patch from each picture and sigma.
-
-    End points with which that many steps would start noisier than g was trained are left out: it would shift colours.
-    """
+    """The paper's grid search on one patch from each picture and sigma; prints its table, writes MODEL/schedule.json."""
     if model.gen is None:
         raise InputError("the schedule is searched with g; train it first")
     model.variance = args.variance
@@ -213,34 +213,17 @@ def search_schedule(args, model, some):
     if min(pairs[0][0].shape[:2]) < metrics.LPIPS_SIZE:
         raise InputError(f"LPIPS needs patches of at least {metrics.LPIPS_SIZE} pixels; give a larger --centre-crop")
     y, x = (torch.cat([scoring.to_batch(picture) for picture in some]).to(model.device) for some in zip(*pairs))
-    y_r = torch.cat([model.reconstruct(part) for part in x.split(16)])
-
-    def noise(key, index):
-        patches = [tiling.patch_noise(args.seed, key, 2 * i, 0, *x.shape[2:]) for i in index]
-        return torch.stack(patches).to(model.device)
-
-    def mean_lpips(y_hat):
-        with torch.no_grad():
-            return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(16), y.split(16))]).mean().item()
-
-    print(protocol(args, some) + " In brackets: the best detail.", end="\n\n")
-    print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " |\n|" + "---|" * (1 + len(args.ends)))
-    found = {"gen": checkpoint.fingerprint(model.gen), "variance": args.variance, "end": {}, "detail": {}}
-    trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings["train_end"])
-    for steps in STEPS[1:]:
-        scores = {}  # {end point: (LPIPS, best detail)}
-        for end in args.ends:
-            noisier = ddpm.linear_schedule(steps, end).gamma[-1] < trained.gamma[-1]
-            if noisier and end > min(args.ends):
-                continue
-            model.ends[steps], model.details[steps] = end, 1.0
-            d_0 = model.generate(x, y_r, [steps] * len(x), noise)
-            scores[end] = min((mean_lpips(y_r + detail * d_0), detail) for detail in args.details)
-        best = min(scores, key=scores.get)
-        found["end"][str(steps)], found["detail"][str(steps)] = best, scores[best][1]
-        cells = ("{:.4f} ({:g})".format(*scores[end]) if end in scores else "-" for end in args.ends)
-        print(f"| {steps} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\nr alone: LPIPS {mean_lpips(y_r):.4f}")
+    print(f"{protocol(args, some)} LPIPS over {len(x)} patches, in brackets the best detail.", end="\n\n")
+    print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " | chosen |\n|" + "---|" * (2 + len(args.ends)))
+    of_counts = []
+    for steps, tried, chosen, values in search(model, lpips, x, y, args.ends, args.details, args.complement, args.seed):
+        of_counts.append(values)
+        if steps:
+            cells = ("{:.4f} ({:g})".format(*tried[end]) if end in tried else "-" for end in args.ends)
+            print(f"| {steps} | " + " | ".join(cells) + f" | {chosen:g} |", flush=True)
+    lowest = torch.stack(of_counts).amin(dim=0)
+    print(f"\nr alone: {of_counts[0].mean():.4f}; the best count of each patch: {lowest.mean():.4f}")
+    found = {"gen": checkpoint.fingerprint(model.gen), "variance": args.variance, "end": model.ends, "detail": model.details}
     write_text(find_folder(args.model) / "schedule.json", json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -52,7 +52,8 @@ def main(argv=None):
                              "not in the paper (default: 0)")
     parser.add_argument("--own-estimate", action="store_true",
                         help="in every second sample d_0 is g's own estimate from pure noise, as in sampling, where g goes on "
-                             "from what it made itself; with --perceptual-weight; not in the paper")
+                             "from what it made itself, and Eq. 5 alone teaches it to keep that; with --perceptual-weight, "
+                             "which then sees the other samples; not in the paper")
     parser.add_argument("--init", type=Path, help="start from this gen.pt, whose sizes win")
     parser.add_argument("--lpips-backbone", help="AlexNet weights for LPIPS")
     training.add_crop_arguments(parser)
@@ -82,6 +83,7 @@ def main(argv=None):
     least = metrics.LPIPS_SIZE + (LPIPS_STRIDE - 1 if args.perceptual_weight else 0)
     if lpips and args.crop < least:
         raise InputError(f"LPIPS needs a --crop of at least {least} pixels")
+    true = slice(1, None, 2) if args.own_estimate else slice(None)  # samples whose d_0 is that of the data
     perceptual = metrics.LPIPS(args.lpips_backbone).to(device.pick(args.device)) if args.perceptual_weight else None
 
     def estimate(x):
@@ -125,7 +127,7 @@ def main(argv=None):
                 """--perceptual-weight: LPIPS of a window placed at random, so that g learns no pattern of AlexNet's grid."""
                 top, left = np.random.default_rng([args.seed, run.iteration]).integers(LPIPS_STRIDE, size=2)
                 y_hat = (y_r + d_0_hat / settings["residual_scale"]).clamp(0, 1)
-                return args.perceptual_weight * perceptual(y_hat[..., top:, left:], y[..., top:, left:]).mean()
+                return args.perceptual_weight * perceptual(y_hat[true, :, top:, left:], y[true, :, top:, left:]).mean()
 
             loss = ddpm.loss(run.replicas["gen"], cond, d_0, batch["gamma"], batch["eps"], p=1,
                              further=further if perceptual else None)                # Eq. 5

@@ -1,5 +1,6 @@
 """Files of step labels (Sec. 3.2): one JSON object a line, MODEL/step_labels.jsonl and one more for each process."""
 
+import hashlib
 import json
 import os
 
@@ -8,16 +9,22 @@ import numpy as np
 from rng import checkpoint, crops
 from rng.errors import InputError
 
-FIELDS = {"n", "set", "image", "top", "left", "size", "sigma", "clip", "seed", "gen", "lpips"}
+FIELDS = {"n", "set", "image", "top", "left", "size", "sigma", "clip", "seed", "gen", "schedule", "lpips"}
+
+
+def made_with(folder):
+    """What a label depends on: {"gen": fingerprint of g, "schedule": hash of schedule.json, None without one}."""
+    path = folder / "schedule.json"
+    return {"gen": checkpoint.fingerprint(checkpoint.load_gen(folder / "gen.pt")[0]),
+            "schedule": hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None}
 
 
 def read(folder):
     """All labels of a model folder in the order of their numbers, but for a torn last line.
 
-    InputError if a file is damaged or was made with another gen.pt.
+    InputError if a file is damaged or was made with another gen.pt or schedule.json.
     """
-    gen = checkpoint.fingerprint(checkpoint.load_gen(folder / "gen.pt")[0])
-    labels = {}
+    mine, labels = made_with(folder), {}
     for path in sorted(folder.glob("step_labels*.jsonl")):
         text = path.read_text(errors="replace")
         try:
@@ -26,8 +33,9 @@ def read(folder):
                 raise ValueError("a field is missing, or not a list of numbers")
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
-        if {label["gen"] for label in found} - {gen}:
-            raise InputError(f"{path} was made with another gen.pt; remove it and run build_step_labels.py again")
+        for key, name in (("gen", "gen.pt"), ("schedule", "schedule.json")):
+            if any(label[key] != mine[key] for label in found):
+                raise InputError(f"{path} was made with another {name}; remove it and run build_step_labels.py again")
         labels |= {label["n"]: label for label in found}
     return [labels[n] for n in sorted(labels)]
 

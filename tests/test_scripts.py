@@ -133,11 +133,12 @@ def test_schedule(chain):
     rows = [line.split("|")[1:-1] for line in chain.results["search"].out.splitlines() if re.match(r"\| \d", line)]
     assert [int(row[0]) for row in rows] == list(range(10, 101, 10))
     least = ddpm.linear_schedule(2000, checkpoint.load_gen(chain.model / "gen.pt")[1]["train_end"]).gamma[-1]
-    for steps, *cells in rows:
+    for steps, *cells, chosen in rows:
         tried = {end: re.fullmatch(r" (\S+) \((\S+)\) ", cell).groups()
                  for end, cell in zip((0.3, 0.5), cells) if cell != " - "}
         assert (0.5 in tried) == (ddpm.linear_schedule(int(steps), 0.5).gamma[-1] >= least)  # else noisier than training
-        score, best = tried[ends[steps.strip()]]
+        assert float(chosen) == ends[steps.strip()]
+        score, best = tried[float(chosen)]
         assert float(score) == min(float(score) for score, _ in tried.values())
         assert float(best) == details[steps.strip()] in (0.5, 1)
     loaded = RnG.load(chain.model, "cpu")
@@ -529,6 +530,14 @@ def test_labels_of_another_g_are_refused(chain, model):
     path.write_text(re.sub('"gen": "[0-9a-f]{16}"', '"gen": "0123456789abcdef"', path.read_text()))
     assert "another gen.pt" in refused(chain, "train_controller")
     assert "another gen.pt" in refused(chain, "build_step_labels")
+
+
+def test_labels_of_another_schedule_are_refused(chain, model):
+    content = json.loads((model / "schedule.json").read_text())
+    content["end"]["10"] = 0.123
+    (model / "schedule.json").write_text(json.dumps(content))
+    assert "another schedule.json" in refused(chain, "train_controller")
+    assert "another schedule.json" in refused(chain, "build_step_labels")
 
 
 @pytest.mark.parametrize("count", [0, 1])

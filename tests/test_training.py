@@ -78,7 +78,7 @@ def train(pictures, tmp_path, monkeypatch):
 def label(n, made_with):
     lpips = np.random.default_rng(n).random(len(STEPS)).tolist()
     return json.dumps({"n": n, "set": 0, "image": f"{n % 6}.png", "top": n, "left": 2 * n, "size": 16, "sigma": 5.0 * n,
-                       "clip": n % 2 == 0, "seed": n, "gen": made_with, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
+                       "clip": n % 2 == 0, "seed": n, "gen": made_with, "schedule": None, "lpips": lpips, "best": STEPS[int(np.argmin(lpips))]}) + "\n"
 
 
 @pytest.fixture
