@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rng import checkpoint, data, ddpm, figures, metrics, panels, scoring, tiling
+from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.files import make_folder, write_text
 from rng.images import check_writable, read_rgb, write_picture
@@ -65,9 +66,9 @@ def main(argv=None):
     parser.add_argument("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
     parser.add_argument("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
                         help="scales of d_0 to search beside them; the paper knows only 1")
-    parser.add_argument("--complement", action="store_true",
-                        help="choose what lowers the LPIPS of the best count of each patch, fewer steps included, instead of "
-                             "the LPIPS of this count alone: the counts then differ, for s to choose from; not in the paper")
+    parser.add_argument("--ramp", type=number(float, 0, 2), nargs=2, metavar=("LOW", "HIGH"),
+                        help="instead: d_0 times LOW after 10 steps, rising to HIGH after 100, so that s chooses how much "
+                             "detail a patch gets; not in the paper")
     parser.add_argument("--variance", choices=ddpm.VARIANCES, default="paper",
                         help="of Eq. 3's noise in the search, kept in schedule.json; the paper knows only the first")
     args = parser.parse_args(argv)
@@ -213,10 +214,13 @@ def search_schedule(args, model, some):
     if min(pairs[0][0].shape[:2]) < metrics.LPIPS_SIZE:
         raise InputError(f"LPIPS needs patches of at least {metrics.LPIPS_SIZE} pixels; give a larger --centre-crop")
     y, x = (torch.cat([scoring.to_batch(picture) for picture in some]).to(model.device) for some in zip(*pairs))
+    details = {steps: args.details for steps in STEPS[1:]}
+    if args.ramp:
+        details = {steps: [round(float(value), 3)] for steps, value in zip(STEPS[1:], np.linspace(*args.ramp, len(STEPS) - 1))}
     print(f"{protocol(args, some)} LPIPS over {len(x)} patches, in brackets the best detail.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " | chosen |\n|" + "---|" * (2 + len(args.ends)))
     of_counts = []
-    for steps, tried, chosen, values in search(model, lpips, x, y, args.ends, args.details, args.complement, args.seed):
+    for steps, tried, chosen, values in search(model, lpips, x, y, args.ends, details, args.seed):
         of_counts.append(values)
         if steps:
             cells = ("{:.4f} ({:g})".format(*tried[end]) if end in tried else "-" for end in args.ends)

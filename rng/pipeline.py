@@ -105,6 +105,10 @@ class RnG:
         """The noise schedule for one step count."""
         return ddpm.linear_schedule(steps, self.ends.get(steps, ddpm.default_end(steps)))
 
+    def detail_of(self, steps):
+        """The scale of d_0 for one step count: that of schedule.json, 1 without; 0 for r alone."""
+        return self.details.get(steps, 1.0) if steps else 0.0
+
     @torch.inference_mode()
     def reconstruct(self, x):
         """r(x), not clipped: noisy patches (N, 3, H, W) in [0, 1] -> the same shape, float32."""
@@ -123,10 +127,11 @@ class RnG:
             return self.controller.predict_steps(x).tolist()
 
     @torch.inference_mode()
-    def generate(self, x, y_r, steps, noise, batch=None, callback=None):
+    def generate(self, x, y_r, steps, noise, batch=None, callback=None, detail=None):
         """Algorithm 1, lines 2 to 5: d_0 in [0, 1] units, (N, 3, H, W), for patches x, y_r (N, 3, H, W).
 
         steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample.
+        detail: scale of d_0, (N, 1, H, W); by default that of its step count for each patch.
         """
         if max(steps, default=0) == 0:
             return torch.zeros_like(x)
@@ -140,8 +145,9 @@ class RnG:
         schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
         d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, self.variance,
                           batch or BATCH[self.device.type], callback)
-        scale = [self.details.get(T, 1.0) / self.settings["residual_scale"] for T in steps]
-        return d_0 * torch.tensor(scale, device=self.device)[:, None, None, None]
+        if detail is None:
+            detail = torch.tensor([self.detail_of(T) for T in steps], device=self.device)[:, None, None, None]
+        return d_0 * detail / self.settings["residual_scale"]
 
     def at_each_step(self, x, seed):
         """One noisy patch x (1, 3, H, W), H and W up to 256 -> y after 0, 10, ..., 100 steps with one seed, (11, 3, H, W)."""
@@ -170,11 +176,13 @@ class RnG:
         if steps != "auto" and (not isinstance(steps, int) or steps < 0):
             raise ValueError(f'steps must be "auto" or a whole number from 0, not {steps!r}')
         height, width = image.shape[:2]
-        step_map = np.zeros((tiling.count(height), tiling.count(width)), int)
+        grid = tiling.count(height), tiling.count(width)
         out = np.empty_like(image)
         recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts is True else (None, None)
         steps = steps if detail else 0  # r alone needs neither s nor g
-        rows = self._denoised_rows(image, steps, seed, detail, batch or BATCH[self.device.type], progress, step_map)
+        batch = batch or BATCH[self.device.type]
+        step_map = self._step_map(image, batch) if steps == "auto" else np.full(grid, steps)
+        rows = self._denoised_rows(image, step_map, seed, detail, batch, progress)
         top = 0
         for band in tiling.stitch_rows(rows, width):                                  # (9, h, W)
             here = slice(top, min(top + band.shape[1], height))
@@ -185,36 +193,41 @@ class RnG:
             top = here.stop
         return Parts(out, recon, residual, step_map) if parts else out
 
-    def _denoised_rows(self, image, steps, seed, detail, batch, progress, step_map):
-        """Yields each row of patches as a list of (9, h, w): y, r(x) and what g added; fills step_map."""
+    def _step_map(self, image, batch):
+        """s for every patch -> (rows, columns) int."""
+        step_map = np.zeros((tiling.count(image.shape[0]), tiling.count(image.shape[1])), int)
+        for row, steps in enumerate(step_map):
+            for index, x in same_shape(to_patches(image, row)):
+                steps[index] = [T for some in x.to(self.device).split(batch) for T in self.predict_steps(some)]
+        return step_map
+
+    def _denoised_rows(self, image, step_map, seed, detail, batch, progress):
+        """Yields each row of patches as a list of (9, h, w): y, r(x) and what g added."""
         rows, cols = step_map.shape
+        details = detail * np.vectorize(self.detail_of)(step_map)
         together = max(1, batch // cols)  # rows, so that a small picture fills the batch too
         done = 0
         for first in range(0, rows, together):
-            group = range(first, min(first + together, rows))
-            patches = {(row, col): patch for row in group for col, patch in enumerate(to_patches(image, row))}
+            places = [(row, col) for row in range(first, min(first + together, rows)) for col in range(cols)]
+            patches = [patch for row in range(first, min(first + together, rows)) for patch in to_patches(image, row)]
             finished = {}
-            for shape in dict.fromkeys(patch.shape for patch in patches.values()):  # edge patches are smaller
-                places = [place for place, patch in patches.items() if patch.shape == shape]
-                x = torch.stack([patches[place] for place in places]).to(self.device)
+            for index, x in same_shape(patches):
+                here = [places[i] for i in index]
 
                 def report(share):
                     if progress:
-                        progress((done + len(places) * share) / step_map.size)
+                        progress((done + len(here) * share) / step_map.size)
 
-                y, T = self._denoised_patches(x, places, steps, seed, detail, batch, report)
-                finished |= zip(places, y.cpu())
-                step_map[tuple(zip(*places))] = T
-                done += len(places)
+                finished |= zip(here, self._denoised_patches(x, here, step_map, details, seed, batch, report).cpu())
+                done += len(here)
                 report(0)
-            yield from ([finished[row, col] for col in range(cols)] for row in group)
+            yield from ([finished[row, col] for col in range(cols)] for row in range(first, min(first + together, rows)))
 
-    def _denoised_patches(self, x, places, steps, seed, detail, batch, report):
-        """Algorithm 1 on patches x (N, 3, h, w) at these places of the grid -> (N, 9, h, w) as above, N step counts."""
-        y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])             # line 1
-        T = [steps] * len(x)
-        if steps == "auto":
-            T = [count for some in x.split(batch) for count in self.predict_steps(some)]
+    def _denoised_patches(self, x, places, step_map, details, seed, batch, report):
+        """Algorithm 1 on patches x (N, 3, h, w) at these places of the grid -> (N, 9, h, w) as above."""
+        x = x.to(self.device)
+        T = [int(step_map[place]) for place in places]
+        detail = torch.stack([torch.from_numpy(tiling.fade(details, *place, *x.shape[2:])) for place in places])[:, None]
         evaluations = 0
 
         def noise(key, index):
@@ -225,14 +238,22 @@ class RnG:
             evaluations += len(index)
             report(evaluations / sum(T))
 
-        d_0 = detail * self.generate(x, y_r, T, noise, batch=batch, callback=count)      # lines 2 to 5
-        return torch.cat([y_r + d_0, y_r, d_0], dim=1), T                                # line 6
+        y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])                   # line 1
+        d_0 = self.generate(x, y_r, T, noise, batch, count, detail.to(self.device))            # lines 2 to 5
+        return torch.cat([y_r + d_0, y_r, d_0], dim=1)                                         # line 6
 
 
 def to_patches(image, row):
     """One row of the grid: numpy (H, W, 3) -> list of (3, h, w) float32 in [0, 1]."""
     band = image[tiling.places(image.shape[0])[row]].astype(np.float32) / PEAK[image.dtype]
     return tiling.split_band(torch.from_numpy(band).permute(2, 0, 1))
+
+
+def same_shape(patches):
+    """Patches (3, h, w), of which those at the image's end are smaller -> yields (indices, batch (N, 3, h, w))."""
+    for shape in dict.fromkeys(patch.shape for patch in patches):
+        index = [i for i, patch in enumerate(patches) if patch.shape == shape]
+        yield index, torch.stack([patches[i] for i in index])
 
 
 def to_pixels(y, dtype):

@@ -5,18 +5,19 @@ import torch
 from rng import ddpm, tiling
 from rng.controller import STEPS
 
+NOISY_ENOUGH = 0.1  # largest gamma_T: sampling starts from pure noise, which shows as grain where g takes it for signal
 
-def search(model, lpips, x, y, ends, details, complement=False, seed=0):
+
+def search(model, lpips, x, y, ends, details, seed=0):
     """Finds an end point of 1 - alpha and a detail for each of 10, 20, ..., 100 steps; puts them into the model.
 
-    model: an RnG with g; x, y: noisy and clean patches (N, 3, H, W) in [0, 1]; ends, details: the values to try.
-    For each count it takes the pair of lowest mean LPIPS; with complement, of lowest mean LPIPS of the best count of
-    each patch up to this one, r alone included. Left out are end points with which that many steps would start
-    noisier than g was trained: they would shift colours.
+    model: an RnG with g; x, y: noisy and clean patches (N, 3, H, W) in [0, 1]; ends: the end points to try;
+    details: {steps: list of details to try}. Left out, unless nothing else is there, are end points with which that many
+    steps would start noisier than g was trained, which shifts colours, or with gamma_T above 0.1, which leaves grain.
     Yields (steps, {end: (mean LPIPS, best detail)}, chosen end, its LPIPS (N,)), first for r alone (0, {}, None, ...).
     """
     y_r = torch.cat([model.reconstruct(part) for part in x.split(16)])
-    least = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings["train_end"]).gamma[-1]
+    trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings["train_end"]).gamma[-1]
 
     def noise(key, index):
         return torch.stack([tiling.patch_noise(seed, key, 2 * i, 0, *x.shape[2:]) for i in index]).to(model.device)
@@ -25,21 +26,18 @@ def search(model, lpips, x, y, ends, details, complement=False, seed=0):
     def of_each(y_hat):
         return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(16), y.split(16))])
 
-    lowest = of_each(y_r)
-    yield 0, {}, None, lowest
+    yield 0, {}, None, of_each(y_r)
     for steps in STEPS[1:]:
-        tried = {}  # {end point: (what is minimised, detail, LPIPS of each patch)}
-        for end in ends:
-            if end > min(ends) and ddpm.linear_schedule(steps, end).gamma[-1] < least:
-                continue
+        tried = {}
+        fitting = [end for end in ends if trained <= ddpm.linear_schedule(steps, end).gamma[-1] <= NOISY_ENOUGH]
+        for end in fitting or [min(ends)]:
             model.ends[steps], model.details[steps] = end, 1.0
             d_0 = model.generate(x, y_r, [steps] * len(x), noise)
-            values = {detail: of_each(y_r + detail * d_0) for detail in details}
-            judged = {detail: (v.minimum(lowest) if complement else v).mean().item() for detail, v in values.items()}
-            detail = min(sorted(judged), key=judged.get)
-            tried[end] = judged[detail], detail, values[detail]
-        best = min(sorted(tried), key=lambda end: tried[end][0])
-        _, model.details[steps], values = tried[best]
-        model.ends[steps] = best
-        lowest = lowest.minimum(values)
-        yield steps, {end: (v.mean().item(), detail) for end, (_, detail, v) in tried.items()}, best, values
+            values = {detail: of_each(y_r + detail * d_0) for detail in details[steps]}
+            means = {detail: v.mean().item() for detail, v in values.items()}
+            detail = min(sorted(means), key=means.get)
+            tried[end] = means[detail], detail
+            if tried[end] == min(tried.values()):
+                best, of_best = end, values[detail]
+        model.ends[steps], model.details[steps] = best, tried[best][1]
+        yield steps, tried, best, of_best

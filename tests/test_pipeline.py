@@ -65,11 +65,12 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
     height, width = image.shape[:2]
     patches = tiling.split(torch.from_numpy(image.astype(np.float32) / pipeline.PEAK[image.dtype]).permute(2, 0, 1))
     pieces = []
-    for i, x in enumerate(patches):
+    counts = [model.controller.predict_steps(x[None]).item() if steps == "auto" else steps for x in patches]
+    details = np.array([DETAILS.get(T, 1) if T else 0 for T in counts]).reshape(-1, tiling.count(width))
+    for i, (x, T) in enumerate(zip(patches, counts)):
         x = x[None]
         place = divmod(i, tiling.count(width))
         y_r = torch.full_like(x, 0.5) if model.settings["target"] == "clean" else model.recon(x)             # line 1
-        T = model.controller.predict_steps(x).item() if steps == "auto" else steps
         here = np.s_[:, :x.shape[2], :x.shape[3]]
         d = tiling.patch_noise(seed, 0, *place)[here][None]
         cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], 1)}[model.settings["condition"]]
@@ -80,7 +81,8 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
             d = (d - (1 - alpha_t) / math.sqrt(1 - gamma_t) * eps_hat) / math.sqrt(alpha_t)                  # line 4
             if t > 1:
                 d = d + math.sqrt(1 - alpha_t) * tiling.patch_noise(seed, t, *place)[here]
-        pieces.append(y_r + detail * DETAILS.get(T, 1) * d / 8 if T else y_r)                                # line 6
+        faded = torch.from_numpy(tiling.fade(details, *place, *x.shape[2:]))
+        pieces.append(y_r + detail * faded * d / 8 if T else y_r)                                            # line 6
     return tiling.stitch([piece[0] for piece in pieces], height, width).permute(1, 2, 0).numpy()
 
 
