@@ -33,6 +33,8 @@ def main(argv=None):
     parser.add_argument("--temperature", type=number(float, 0), default=0.0,
                         help="0: cross-entropy with the best step, as in the paper (default); above 0: with "
                              "softmax(-LPIPS / temperature), which learns from all 11 values of a label")
+    parser.add_argument("--step-cost", type=number(float, 0), default=0.0,
+                        help="LPIPS that ten more steps must gain to be worth their time; not in the paper (default: 0)")
     parser.add_argument("--holdout", type=number(float, 0, 1), default=0.2,
                         help="share of the labels kept for validation (default: 0.2)")
     args = training.parse(parser, PRESETS, argv)
@@ -41,8 +43,9 @@ def main(argv=None):
     held_out = max(1, round(len(patches) * args.holdout))
     if held_out >= len(patches):
         raise InputError(f"{len(patches)} labels are too few to train on; run build_step_labels.py with more --patches")
-    best = scores.argmin(dim=1)                                                    # ties go to the smaller step
-    target = (scores / -args.temperature).softmax(dim=1) if args.temperature else F.one_hot(best, len(STEPS)).float()
+    costs = scores + args.step_cost / 10 * torch.tensor(STEPS)
+    best = costs.argmin(dim=1)                                                     # ties go to the smaller step
+    target = (costs / -args.temperature).softmax(dim=1) if args.temperature else F.one_hot(best, len(STEPS)).float()
 
     def stream(start, stop):
         """Random patches of those not held out, flipped and rotated: a function of (seed, iteration)."""

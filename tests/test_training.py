@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
+import torch.nn.functional as F
 from helpers import same
 from PIL import Image
 from torch import nn
@@ -457,6 +459,24 @@ def test_controller_validation(train, tmp_path):
     assert line["lpips_oracle"] <= line["lpips"] and 0 <= line["accuracy"] <= 1 and 0 <= line["mean_steps"] <= 100
 
 
+@pytest.mark.parametrize("temperature", [0, 0.1])
+@pytest.mark.parametrize("cost", [0, 0.02, 9])
+def test_labels_become_targets(train, monkeypatch, temperature, cost):
+    """One-hot of the best count, or softmax(-LPIPS / temperature); each ten steps cost so much LPIPS."""
+    targets = []
+    real = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, target: (targets.append(target), real(logits, target))[1])
+    assert train("controller", "model", "--temperature", str(temperature), "--step-cost", str(cost), "--iterations", "2") == 0
+    costs = np.array([json.loads(label(n, ""))["lpips"] for n in range(10)]) + cost * np.arange(11)
+    one_hot, soft = np.eye(11)[costs.argmin(1)], scipy.special.softmax(-costs / (temperature or 1), axis=1)
+    expected = soft if temperature else one_hot
+    assert len(targets) == 2
+    for target in torch.cat(targets).numpy():
+        assert np.abs(target - expected).max(axis=1).min() < 1e-5
+    if cost == 9:
+        assert (torch.cat(targets)[:, 0] > 0.99).all()
+
+
 # Stage 2's variants.
 
 def test_two_stages_leave_r_untouched(train, tmp_path):
@@ -548,6 +568,21 @@ def test_own_estimates_take_the_place_of_every_second_sample(train, monkeypatch)
     monkeypatch.setattr(ddpm, "loss", lambda g, x, d_0, *rest, **further: (seen.append(d_0), real(g, x, d_0, *rest, **further))[1])
     assert train("gen", "model", "--own-estimate") == 0
     assert all((d_0[::2] == 3).all() and (d_0[1::2] != 3).any() for d_0 in seen) and seen
+
+
+@pytest.mark.parametrize("options, share", [((), 1), (("--own-estimate",), 2)])
+def test_lpips_judges_the_samples_whose_truth_is_known(options, share, train, monkeypatch):
+    judged = []
+
+    class Judge(nn.Module):
+        def forward(self, y_hat, y):
+            judged.append(len(y))
+            return (y_hat - y).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(metrics, "load_lpips", lambda backbone, device: None)
+    monkeypatch.setattr(metrics, "LPIPS", lambda backbone: Judge())
+    assert train("gen", "model", "--perceptual-weight", "1", "--batch", "4", *options) == 0
+    assert judged == [4 // share] * 6
 
 
 def test_gen_starts_from_another_gen(train, tmp_path, capsys):
