@@ -73,7 +73,7 @@ def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 
         return tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])[None].to(model.device)
 
     hook = model.gen.register_forward_hook(record)
-    d_0 = model.generate(x, y_r, [steps], noise)
+    d_0 = model.detail_of(steps) * model.generate(x, y_r, [steps], noise)
     hook.remove()
 
     def grey(residual):

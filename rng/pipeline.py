@@ -127,11 +127,10 @@ class RnG:
             return self.controller.predict_steps(x).tolist()
 
     @torch.inference_mode()
-    def generate(self, x, y_r, steps, noise, batch=None, callback=None, detail=None):
+    def generate(self, x, y_r, steps, noise, batch=None, callback=None):
         """Algorithm 1, lines 2 to 5: d_0 in [0, 1] units, (N, 3, H, W), for patches x, y_r (N, 3, H, W).
 
-        steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample.
-        detail: scale of d_0, (N, 1, H, W); by default that of its step count for each patch.
+        steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample. Not yet scaled by `detail_of`.
         """
         if max(steps, default=0) == 0:
             return torch.zeros_like(x)
@@ -145,9 +144,7 @@ class RnG:
         schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
         d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, self.variance,
                           batch or BATCH[self.device.type], callback)
-        if detail is None:
-            detail = torch.tensor([self.detail_of(T) for T in steps], device=self.device)[:, None, None, None]
-        return d_0 * detail / self.settings["residual_scale"]
+        return d_0 / self.settings["residual_scale"]
 
     def at_each_step(self, x, seed):
         """One noisy patch x (1, 3, H, W), H and W up to 256 -> y after 0, 10, ..., 100 steps with one seed, (11, 3, H, W)."""
@@ -158,7 +155,8 @@ class RnG:
             field = tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])
             return field.expand(len(index), -1, -1, -1).to(self.device)
 
-        return y_r + self.generate(x, y_r.expand_as(x), list(STEPS), noise)
+        detail = torch.tensor([self.detail_of(T) for T in STEPS], device=self.device)[:, None, None, None]
+        return y_r + detail * self.generate(x, y_r.expand_as(x), list(STEPS), noise)
 
     def denoise(self, image, steps="auto", seed=0, detail=1.0, batch=None, progress=None, parts=False):
         """Algorithm 1 on an image of any size.
@@ -239,7 +237,7 @@ class RnG:
             report(evaluations / sum(T))
 
         y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])                   # line 1
-        d_0 = self.generate(x, y_r, T, noise, batch, count, detail.to(self.device))            # lines 2 to 5
+        d_0 = detail.to(self.device) * self.generate(x, y_r, T, noise, batch, count)           # lines 2 to 5
         return torch.cat([y_r + d_0, y_r, d_0], dim=1)                                         # line 6
 
 

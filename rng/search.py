@@ -31,7 +31,7 @@ def search(model, lpips, x, y, ends, details, seed=0):
         tried = {}
         fitting = [end for end in ends if trained <= ddpm.linear_schedule(steps, end).gamma[-1] <= NOISY_ENOUGH]
         for end in fitting or [min(ends)]:
-            model.ends[steps], model.details[steps] = end, 1.0
+            model.ends[steps] = end
             d_0 = model.generate(x, y_r, [steps] * len(x), noise)
             values = {detail: of_each(y_r + detail * d_0) for detail in details[steps]}
             means = {detail: v.mean().item() for detail, v in values.items()}
