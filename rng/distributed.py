@@ -1,5 +1,7 @@
 """Several processes under torchrun, which share each batch of a training; alone, nothing here does anything."""
 
+import atexit
+import gc
 import os
 
 import torch
@@ -30,7 +32,14 @@ def replica(network, device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
     return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _leave():
+    """Frees the replicas, then the group they hold: its threads, left running, can abort a process that ends."""
+    gc.collect()
+    distributed.destroy_process_group()
 
 
 def mean(values, device):
