@@ -33,9 +33,7 @@ def condition(kind, x, y_r):
 def load_schedule(path, gen):
     """schedule.json -> (end points 1 - alpha_T, details, variance of ddpm.step), the first two each {steps: number}.
 
-    Without such a file both are empty and the variance is the paper's.
-
-    gen: the fingerprint of g, or None.
+    Without such a file both are empty and the variance is the paper's. gen: the fingerprint of g, or None.
     """
     if not path.exists():
         return {}, {}, "paper"
@@ -179,7 +177,7 @@ class RnG:
         recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts is True else (None, None)
         steps = steps if detail else 0  # r alone needs neither s nor g
         batch = batch or BATCH[self.device.type]
-        step_map = self._step_map(image, batch) if steps == "auto" else np.full(grid, steps)
+        step_map = self._step_map(image, grid, batch) if steps == "auto" else np.full(grid, steps)
         rows = self._denoised_rows(image, step_map, seed, detail, batch, progress)
         top = 0
         for band in tiling.stitch_rows(rows, width):                                  # (9, h, W)
@@ -191,9 +189,9 @@ class RnG:
             top = here.stop
         return Parts(out, recon, residual, step_map) if parts else out
 
-    def _step_map(self, image, batch):
-        """s for every patch -> (rows, columns) int."""
-        step_map = np.zeros((tiling.count(image.shape[0]), tiling.count(image.shape[1])), int)
+    def _step_map(self, image, grid, batch):
+        """s for every patch of the grid (rows, columns) -> int, the same shape."""
+        step_map = np.zeros(grid, int)
         for row, steps in enumerate(step_map):
             for index, x in same_shape(to_patches(image, row)):
                 steps[index] = [T for some in x.to(self.device).split(batch) for T in self.predict_steps(some)]
@@ -202,12 +200,13 @@ class RnG:
     def _denoised_rows(self, image, step_map, seed, detail, batch, progress):
         """Yields each row of patches as a list of (9, h, w): y, r(x) and what g added."""
         rows, cols = step_map.shape
-        details = detail * np.vectorize(self.detail_of)(step_map)
+        details = detail * np.vectorize(self.detail_of, otypes=[float])(step_map)
         together = max(1, batch // cols)  # rows, so that a small picture fills the batch too
         done = 0
         for first in range(0, rows, together):
-            places = [(row, col) for row in range(first, min(first + together, rows)) for col in range(cols)]
-            patches = [patch for row in range(first, min(first + together, rows)) for patch in to_patches(image, row)]
+            group = range(first, min(first + together, rows))
+            places = [(row, col) for row in group for col in range(cols)]
+            patches = [patch for row in group for patch in to_patches(image, row)]
             finished = {}
             for index, x in same_shape(patches):
                 here = [places[i] for i in index]
@@ -219,7 +218,7 @@ class RnG:
                 finished |= zip(here, self._denoised_patches(x, here, step_map, details, seed, batch, report).cpu())
                 done += len(here)
                 report(0)
-            yield from ([finished[row, col] for col in range(cols)] for row in range(first, min(first + together, rows)))
+            yield from ([finished[row, col] for col in range(cols)] for row in group)
 
     def _denoised_patches(self, x, places, step_map, details, seed, batch, report):
         """Algorithm 1 on patches x (N, 3, h, w) at these places of the grid -> (N, 9, h, w) as above."""
