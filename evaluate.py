@@ -67,8 +67,9 @@ def main(argv=None):
     parser.add_argument("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
                         help="scales of d_0 to search beside them; the paper knows only 1")
     parser.add_argument("--ramp", type=number(float, 0, 2), nargs=2, metavar=("LOW", "HIGH"),
-                        help="instead: d_0 times LOW after 10 steps, rising to HIGH after 100, so that s chooses how much "
-                             "detail a patch gets; not in the paper")
+                        help="instead: d_0 times LOW after 10 steps, rising to HIGH, so that s chooses how much detail a "
+                             "patch gets; not in the paper")
+    parser.add_argument("--ramp-steps", type=int, choices=STEPS[2:], default=STEPS[-1], help="steps from which it is HIGH")
     parser.add_argument("--variance", choices=ddpm.VARIANCES, default="paper",
                         help="of Eq. 3's noise in the search, kept in schedule.json; the paper knows only the first")
     args = parser.parse_args(argv)
@@ -216,7 +217,8 @@ def search_schedule(args, model, some):
     y, x = (torch.cat([scoring.to_batch(picture) for picture in some]).to(model.device) for some in zip(*pairs))
     details = {steps: args.details for steps in STEPS[1:]}
     if args.ramp:
-        details = {steps: [round(float(value), 3)] for steps, value in zip(STEPS[1:], np.linspace(*args.ramp, len(STEPS) - 1))}
+        values = np.interp(STEPS[1:], (STEPS[1], args.ramp_steps), args.ramp).round(3).tolist()
+        details = {steps: [value] for steps, value in zip(STEPS[1:], values)}
     print(f"{protocol(args, some)} LPIPS over {len(x)} patches, in brackets the best detail.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " | chosen |\n|" + "---|" * (2 + len(args.ends)))
     of_counts = []

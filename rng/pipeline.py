@@ -1,6 +1,7 @@
 """Algorithm 1 on a whole image: a model folder loaded, patches through r, s and g, and stitched."""
 
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -215,7 +216,11 @@ class RnG:
                     if progress:
                         progress((done + len(here) * share) / step_map.size)
 
-                finished |= zip(here, self._denoised_patches(x, here, step_map, details, seed, batch, report).cpu())
+                def denoised(batch):
+                    return self._denoised_patches(x, here, step_map, details, seed, batch, report).cpu()
+
+                some, batch = as_fits(denoised, batch)
+                finished |= zip(here, some)
                 done += len(here)
                 report(0)
             yield from ([finished[row, col] for col in range(cols)] for row in group)
@@ -238,6 +243,18 @@ class RnG:
         y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])                   # line 1
         d_0 = detail.to(self.device) * self.generate(x, y_r, T, noise, batch, count)           # lines 2 to 5
         return torch.cat([y_r + d_0, y_r, d_0], dim=1)                                         # line 6
+
+
+def as_fits(f, batch):
+    """-> (f(batch), batch), the batch halved, with a word, as often as the GPU's memory does not hold it."""
+    while True:
+        try:
+            return f(batch), batch
+        except torch.OutOfMemoryError as error:
+            if batch == 1:
+                raise InputError("the GPU's memory does not hold one patch; close other programs, or use --device cpu") from error
+        batch //= 2  # out here, where the error no longer keeps its tensors
+        print(f"note: the GPU's memory is full; going on with {batch} patches at a time", file=sys.stderr)
 
 
 def to_patches(image, row):

@@ -152,6 +152,24 @@ def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps, m
         hook.remove()
 
 
+def test_a_full_gpu_halves_the_batch(model, capsys):
+    """A g for which two patches are the most; then for which one is too many."""
+    image, fits = random_image(480, 480), 2
+    whole = model.denoise(image, steps=2)
+
+    def refuse(network, inputs):
+        if len(inputs[0]) > fits:
+            raise torch.OutOfMemoryError("as torch says it")
+
+    hook = model.gen.register_forward_pre_hook(refuse)
+    assert np.abs(model.denoise(image, steps=2, batch=16) - whole).max() < 1e-5
+    assert [line.split()[-5:] for line in capsys.readouterr().err.splitlines()] == [[n, "patches", "at", "a", "time"] for n in "842"]
+    fits = 0
+    with pytest.raises(InputError, match="one patch"):
+        model.denoise(image, steps=2, batch=2)
+    hook.remove()
+
+
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_other_precisions_come_close(model, precision):
     image = random_image(40, 40)

@@ -346,6 +346,17 @@ def test_without_lpips_the_other_metrics_show(chain, model, monkeypatch):
     assert tree(Path()) == before
 
 
+def test_the_ramp_sets_the_detail_of_each_step_count(chain, model):
+    """It rises from 10 to --ramp-steps and stays; 0 detail makes every count r alone."""
+    options = ["--model", model, "--data", "images", "--root", chain.pictures, "--lpips-backbone", chain.backbone, *SEARCH]
+    assert call(evaluate, *options, "--ramp", "0.5", "1.5", "--ramp-steps", "60").code == 0
+    found = json.loads((model / "schedule.json").read_text())["detail"]
+    assert [found[str(steps)] for steps in range(10, 101, 10)] == [0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.5, 1.5, 1.5, 1.5]
+    result = call(evaluate, *options, "--ramp", "0", "0")
+    alone, best = (float(part.rsplit(" ", 1)[1]) for part in result.out.splitlines()[-1].split(";"))
+    assert result.code == 0 and alone == best
+
+
 def test_clip_noisy_rounds_the_input_to_8_bit(chain, model, monkeypatch):
     inputs = []
 
