@@ -7,6 +7,7 @@
 """
 
 import argparse
+import math
 import sys
 
 import numpy as np
@@ -86,7 +87,7 @@ def main(argv=None):
 
 
 def labelled_patches(args):
-    """-> noisy patches (M, 3, P, P) float16, made again from their labels, and their LPIPS values (M, 11)."""
+    """-> noisy patches (M, 3, P, P) float16, made again from their labels, and their LPIPS (M, 11), inf where not tried."""
     found = labels.read(args.model)
     if len({(label["size"], len(label["lpips"])) for label in found}) != 1:
         raise InputError(f"{args.model} holds no step_labels.jsonl, or patches of several sizes; "
@@ -101,7 +102,8 @@ def labelled_patches(args):
         if name != opened:
             opened, pictures = name, items[name].read()
         patches[i] = labels.patch(*pictures, found[i])[0].half()
-    return torch.stack(patches), torch.tensor([label["lpips"] for label in found])
+    return torch.stack(patches), torch.tensor(
+        [[math.inf if value is None else value for value in label["lpips"]] for label in found])
 
 
 if __name__ == "__main__":

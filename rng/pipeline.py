@@ -145,17 +145,17 @@ class RnG:
                           batch or BATCH[self.device.type], callback)
         return d_0 / self.settings["residual_scale"]
 
-    def at_each_step(self, x, seed):
-        """One noisy patch x (1, 3, H, W), H and W up to 256 -> y after 0, 10, ..., 100 steps with one seed, (11, 3, H, W)."""
-        x = x.expand(len(STEPS), -1, -1, -1)
+    def at_each_step(self, x, seed, counts=STEPS):
+        """One noisy patch x (1, 3, H, W), H and W up to 256 -> y after each of these counts with one seed, (N, 3, H, W)."""
+        x = x.expand(len(counts), -1, -1, -1)
         y_r = self.reconstruct(x[:1])
 
         def noise(key, index):
             field = tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])
             return field.expand(len(index), -1, -1, -1).to(self.device)
 
-        detail = torch.tensor([self.detail_of(T) for T in STEPS], device=self.device)[:, None, None, None]
-        return y_r + detail * self.generate(x, y_r.expand_as(x), list(STEPS), noise)
+        detail = torch.tensor([self.detail_of(T) for T in counts], device=self.device)[:, None, None, None]
+        return y_r + detail * self.generate(x, y_r.expand_as(x), list(counts), noise)
 
     def denoise(self, image, steps="auto", seed=0, detail=1.0, batch=None, progress=None, parts=False):
         """Algorithm 1 on an image of any size.

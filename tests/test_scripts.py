@@ -280,12 +280,25 @@ def test_ties_go_to_the_smaller_step(label, model, monkeypatch):
     assert labels_of(model)[0]["best"] == 1
 
 
+def test_fewer_counts_are_the_same_values_and_the_only_choices(chain, label, model):
+    assert label(6).code == 0
+    all_three = labels_of(model)
+    (model / "step_labels.jsonl").unlink()
+    assert label(6, "--counts", 2, 0).code == 0
+    for few, full in zip(labels_of(model), all_three, strict=True):
+        zero, one, two = few["lpips"]
+        assert one is None and few["best"] == (0 if zero <= two else 2)
+        np.testing.assert_allclose([zero, two], full["lpips"][::2], rtol=1e-3)
+    args = argparse.Namespace(model=model, data=["images"], root=[str(chain.pictures)])
+    assert train_controller.labelled_patches(args)[1].isinf().sum(dim=0).tolist() == [0, 6, 0]
+
+
 @pytest.mark.parametrize("noise", [
     "--sigma 0-55 --clip-noisy 0.5", "--camera 1", "pairs", "two sets with the same names"])
 def test_the_controller_sees_the_patches_that_were_labelled(noise, label, model, chain, tmp_path, monkeypatch):
     seen = []
 
-    def remember(model, lpips, noisy, clean, seed):
+    def remember(model, lpips, noisy, clean, seed, counts):
         seen.append(noisy)
         return [0.0] * 11
 
