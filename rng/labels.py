@@ -29,7 +29,8 @@ def read(folder):
         text = path.read_text(errors="replace")
         try:
             found = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
-            if any(not FIELDS <= label.keys() or not {float} <= set(map(type, label["lpips"])) <= {float, type(None)} for label in found):
+            if any(not FIELDS <= label.keys() or not {float} <= set(map(type, label["lpips"])) <= {float, type(None)}
+                   for label in found):
                 raise ValueError("a field is missing, or not a list of numbers")
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
