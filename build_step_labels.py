@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import crops, data, distributed, labels, metrics, tiling
+from rng import checkpoint, crops, data, distributed, labels, metrics, tiling
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.pipeline import RnG, find_folder
@@ -49,7 +49,7 @@ def main(argv=None):
     path = folder / (f"step_labels.{rank}.jsonl" if rank else "step_labels.jsonl")
     labels.drop_torn_line(path)
     done = {label["n"] for label in labels.read(folder)}
-    made_with = labels.made_with(folder)
+    made_with = checkpoint.made_with(folder)
     mine = range(rank, args.patches, distributed.world_size())
     todo = [n for n in mine if n not in done]
     started = time.time()

@@ -74,7 +74,8 @@ def main(argv=None):
         }
 
     def publish(networks, info):
-        checkpoint.save_weights(args.model / "controller.pt", "controller", s.config, networks["controller"], info)
+        config = {**s.config, "made_with": checkpoint.made_with(args.model)}
+        checkpoint.save_weights(args.model / "controller.pt", "controller", config, networks["controller"], info)
 
     torch.manual_seed(args.seed)
     s = StepController(args.c)

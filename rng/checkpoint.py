@@ -99,6 +99,15 @@ def load_gen(path):
 
 
 def load_controller(path):
-    """s from controller.pt."""
+    """s from controller.pt -> (StepController, what its labels were made with, as `made_with` returns it; None: not known)."""
     content = load_weights(path, "controller")
-    return _rebuild(path, StepController, content["config"], content["state_dict"])
+    config = dict(content["config"])
+    made_with = config.pop("made_with", None)
+    return _rebuild(path, StepController, config, content["state_dict"]), made_with
+
+
+def made_with(folder):
+    """What labels and s depend on: {"gen": fingerprint of g, "schedule": hash of schedule.json, None without one}."""
+    path = folder / "schedule.json"
+    return {"gen": fingerprint(load_gen(folder / "gen.pt")[0]),
+            "schedule": hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None}

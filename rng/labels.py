@@ -1,6 +1,5 @@
 """Files of step labels (Sec. 3.2): one JSON object a line, MODEL/step_labels.jsonl and one more for each process."""
 
-import hashlib
 import json
 import os
 
@@ -12,19 +11,12 @@ from rng.errors import InputError
 FIELDS = {"n", "set", "image", "top", "left", "size", "sigma", "clip", "seed", "gen", "schedule", "lpips"}
 
 
-def made_with(folder):
-    """What a label depends on: {"gen": fingerprint of g, "schedule": hash of schedule.json, None without one}."""
-    path = folder / "schedule.json"
-    return {"gen": checkpoint.fingerprint(checkpoint.load_gen(folder / "gen.pt")[0]),
-            "schedule": hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None}
-
-
 def read(folder):
     """All labels of a model folder in the order of their numbers, but for a torn last line.
 
     InputError if a file is damaged or was made with another gen.pt or schedule.json.
     """
-    mine, labels = made_with(folder), {}
+    mine, labels = checkpoint.made_with(folder), {}
     for path in sorted(folder.glob("step_labels*.jsonl")):
         text = path.read_text(errors="replace")
         try:

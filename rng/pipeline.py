@@ -93,11 +93,14 @@ class RnG:
             gen, settings = checkpoint.load_gen(folder / "gen.pt")
             if settings["recon"] not in (None, checkpoint.fingerprint(recon)):
                 raise InputError(f"{folder / 'gen.pt'} was trained with another recon.pt; bring back that one, or train g again")
-        if (folder / "controller.pt").exists():
-            controller = checkpoint.load_controller(folder / "controller.pt")
         ends, details, variance = None, None, "paper"
         if schedule:
             ends, details, variance = load_schedule(folder / "schedule.json", gen and checkpoint.fingerprint(gen))
+        if (folder / "controller.pt").exists():
+            controller, made_with = checkpoint.load_controller(folder / "controller.pt")
+            if gen and schedule and made_with not in (None, checkpoint.made_with(folder)):
+                raise InputError(f"{folder / 'controller.pt'} was trained for another gen.pt or schedule.json; bring those back, "
+                                 "or remove it and train s again")
         return cls(recon, gen, settings, controller, ends, details, device, precision, variance)
 
     def schedule(self, steps):

@@ -165,13 +165,31 @@ def pictures():
           ("s chooses", steps.sum(), float(steps.sum() * one), taken), ("100 steps everywhere", 100 * steps.size, 100 * steps.size * one, "-"))
 
 
+class PackageLPIPS(metrics.LPIPS):
+    """The same distance in the order of operations of the lpips package: heads as 1 x 1 convolutions."""
+
+    def _directions(self, x):
+        x = (2 * x - 1 - self.shift) / self.scale
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+    def forward(self, x, y):
+        layers = zip(list(self._directions(x)), list(self._directions(y)), self.heads)
+        return sum(torch.nn.functional.conv2d((u - v) ** 2, head[None]).mean((2, 3))[:, 0] for u, v, head in layers)
+
+
 def scores():
-    """LPIPS, and NIQE against its formulas block by block, on one megapixel; step labels."""
+    """LPIPS and NIQE, each against the plain way to write it, on one megapixel; step labels."""
     x = torch.from_numpy(noisy_picture(1024, 1024)).permute(2, 0, 1)[None].float() / 255
-    rows = [("niqe", seconds(lambda: metrics.niqe(x), 3)), ("NIQE block by block", seconds(lambda: slow_niqe(x[0]), 1))]
+    rows = [("NIQE", seconds(lambda: metrics.niqe(x), 3)), ("NIQE block by block", seconds(lambda: slow_niqe(x[0]), 1))]
     lpips = metrics.load_lpips()
     if lpips:
-        rows.append(("LPIPS", seconds(lambda: lpips(x, x.flip(3)), 3)))
+        package = PackageLPIPS()
+        assert torch.allclose(package(x, x.flip(3)), lpips(x, x.flip(3)), rtol=1e-4)
+        rows.append(("LPIPS", seconds(lambda: lpips(x, x.flip(3)))))
+        rows.append(("LPIPS as the lpips package writes it", seconds(lambda: package(x, x.flip(3)))))
         model, patch = RnG.load("default"), x[0, :, :128, :128]
         rows.append(("one step label, 128 x 128", seconds(
             lambda: build_step_labels.lpips_of_each_step(model, lpips, patch, patch, 0), 2)))

@@ -317,6 +317,12 @@ def test_networks_that_do_not_belong_together_are_refused(copy):
     assert mine == checkpoint.fingerprint(gen) != config["recon"]
     (copy / "schedule.json").write_text(json.dumps({"gen": mine, "end": ENDS}))
     assert RnG.load(copy, "cpu").ends == ENDS
+    s = StepController(4)
+    checkpoint.save_weights(copy / "controller.pt", "controller", {**s.config, "made_with": checkpoint.made_with(copy)}, s, {})
+    assert RnG.load(copy, "cpu").controller
+    (copy / "schedule.json").write_text(json.dumps({"gen": mine, "end": {**ENDS, "70": 0.2}}))
+    assert_refused(copy, "trained for another gen.pt or schedule.json")
+    assert RnG.load(copy, "cpu", schedule=False).controller  # to search anew
     (copy / "schedule.json").write_text(json.dumps({"gen": config["recon"], "end": ENDS}))
     assert_refused(copy, "searched with another gen.pt")
     assert RnG.load(copy, "cpu", schedule=False).ends == {}
