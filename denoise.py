@@ -32,10 +32,11 @@ def parse(argv):
     parser.add_argument("--steps", default="auto", metavar="auto|N",
                         help="steps for every patch, 0 to 2000; auto lets the step controller choose (default)")
     parser.add_argument("--detail", type=float, default=1.0,
-                        help="how much generated detail to add: 0 (reconstruction alone) to 2, default 1 (the paper)")
+                        help="how much generated detail to add: 0 (reconstruction alone) to 2, in units of the schedule's own "
+                             "(default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated detail (default 0)")
     parser.add_argument("--model", default="default", help="a model folder, or the name of a model that ships")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto (default) takes bfloat16 where it is faster")
     parser.add_argument("--batch", type=int, help="patches per network call (default: a constant per device)")
@@ -134,6 +135,15 @@ def steps_picture(steps, height, width):
     return np.array(picture)
 
 
+def residual_picture(residual):
+    """What g added as a picture: four times as strong around grey; float16 (H, W, 3) -> uint8."""
+    picture = np.empty(residual.shape, np.uint8)
+    for top in range(0, len(residual), STRIDE):  # in bands: float32 takes four times the memory of the picture
+        band = residual[top:top + STRIDE].astype(np.float32)
+        picture[top:top + STRIDE] = (255 * np.clip(0.5 + 4 * band, 0, 1)).round()
+    return picture
+
+
 def denoise(model, source, target, part_files, args):
     """One picture, from file to file."""
     start = time.perf_counter()
@@ -151,15 +161,15 @@ def denoise(model, source, target, part_files, args):
     height, width = picture.pixels.shape[:2]
     if part_files:
         recon, residual, steps = part_files
-        amplified = np.clip(0.5 + 4 * result.residual.astype(np.float32), 0, 1)
         write_picture(recon, result.recon, picture)
-        write_picture(residual, (255 * amplified).round().astype(np.uint8))
+        write_picture(residual, residual_picture(result.residual))
         write_picture(steps, steps_picture(result.steps, height, width))
 
     for note in notes:
         print(f"note: {source.name}: {note}", file=sys.stderr)
     seconds = time.perf_counter() - start
-    print(f"{source.name}: {width} x {height}, {result.steps.mean():.1f} steps, {seconds:.1f} s", flush=True)
+    name = source.name.encode(errors="replace").decode()  # not every file name can be printed
+    print(f"{name}: {width} x {height}, {result.steps.mean():.1f} steps, {seconds:.1f} s", flush=True)
 
 
 @script

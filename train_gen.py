@@ -51,7 +51,7 @@ def main(argv=None):
                         help="so many times LPIPS between y and r(x) + g's estimate of d_0 is added to Eq. 5; "
                              "not in the paper (default: 0)")
     parser.add_argument("--own-estimate", action="store_true",
-                        help="in every second sample d_0 is g's own estimate from pure noise, as in sampling, where g goes on "
+                        help="in every second sample (of each process) d_0 is g's own estimate from pure noise, as in sampling, where g goes on "
                              "from what it made itself, and Eq. 5 alone teaches it to keep that; with --perceptual-weight, "
                              "which then sees the other samples; not in the paper")
     parser.add_argument("--init", type=Path, help="start from this gen.pt, whose sizes win")
@@ -59,6 +59,8 @@ def main(argv=None):
     training.add_crop_arguments(parser)
     args = training.parse(parser, PRESETS, argv)
 
+    if args.base % 2:
+        raise InputError("--base must be even: the noise level's embedding is half sines, half cosines")
     torch.manual_seed(args.seed)
     conditions = 2 if args.condition == "both" else 1
     if args.init:
@@ -70,9 +72,12 @@ def main(argv=None):
     if args.scheme == "two-stage":
         r = checkpoint.load_recon(args.model / "recon.pt").requires_grad_(False)
         networks = {"gen": g}
+        args.recon = checkpoint.fingerprint(r)  # a setting, so that a training does not go on with another r
         if args.compile:
             r.compile()
     else:
+        if (args.model / "recon.pt").exists() and not (args.model / "gen.pt").exists():
+            raise InputError(f"{args.model / 'recon.pt'} would be overwritten by --scheme {args.scheme}; name another --model folder")
         r = UNet(args.base, args.multipliers, args.blocks, noise_level=False)
         networks = {"gen": g, "recon": r}
     r = r.to(device.pick(args.device), memory_format=torch.channels_last)
@@ -105,10 +110,10 @@ def main(argv=None):
         return scores
 
     def publish(networks, info):
-        if "recon" in networks:
-            checkpoint.save_weights(args.model / "recon.pt", "recon", r.config, networks["recon"], info)
         config = {"unet": g.config, **settings, "recon": checkpoint.fingerprint(networks.get("recon", r))}
         checkpoint.save_weights(args.model / "gen.pt", "gen", config, networks["gen"], info)
+        if "recon" in networks:
+            checkpoint.save_weights(args.model / "recon.pt", "recon", r.config, networks["recon"], info)
 
     run = training.Run(args, "gen", networks, stream, validate, publish)
     reconstruct = run.replicas.get("recon", r)
@@ -126,7 +131,7 @@ def main(argv=None):
             def further(d_0_hat):
                 """--perceptual-weight: LPIPS of a window placed at random, so that g learns no pattern of AlexNet's grid."""
                 top, left = np.random.default_rng([args.seed, run.iteration]).integers(LPIPS_STRIDE, size=2)
-                y_hat = (y_r + d_0_hat / settings["residual_scale"]).clamp(0, 1)
+                y_hat = (y_r + d_0_hat / settings["residual_scale"]).nan_to_num().clamp(0, 1)  # LPIPS refuses nan, Eq. 5 reports it
                 return args.perceptual_weight * perceptual(y_hat[true, :, top:, left:], y[true, :, top:, left:]).mean()
 
             loss = ddpm.loss(run.replicas["gen"], cond, d_0, batch["gamma"], batch["eps"], p=1,

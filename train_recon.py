@@ -20,7 +20,7 @@ PRESETS = {
     "paper": dict(width=64, enc=[2, 2, 4, 8], middle=12, dec=[2, 2, 2, 2], base=64, blocks=3, loss="mse",
                   iterations=1_000_000, batch=256, crop=128, lr=1e-4, cosine=False, weight_decay=1e-4,
                   clip_grad=1.0, ema=0.9999),
-    "small": dict(width=24, enc=[1, 1, 2, 2], middle=2, dec=[1, 1, 1, 1], base=48, blocks=1, loss="psnr",
+    "small": dict(width=24, enc=[1, 1, 2, 2], middle=2, dec=[1, 1, 1, 1], base=32, blocks=1, loss="psnr",
                   iterations=6000, batch=16, crop=80, lr=2e-3, cosine=True, weight_decay=1e-4,
                   clip_grad=0.5, ema=0.999),
 }
@@ -45,6 +45,8 @@ def main(argv=None):
     training.add_crop_arguments(parser)
     args = training.parse(parser, PRESETS, argv)
 
+    if args.perceptual_weight and args.crop < metrics.LPIPS_SIZE:
+        raise InputError(f"LPIPS needs a --crop of at least {metrics.LPIPS_SIZE} pixels")
     torch.manual_seed(args.seed)
     if args.init:
         r = checkpoint.load_recon(args.init)
@@ -70,8 +72,8 @@ def main(argv=None):
         with run.autocast():
             estimate = run.replicas["recon"](batch["noisy"])                        # (N, 3, crop, crop)
         loss = training.reconstruction_loss(batch["clean"], estimate, args.loss)    # Eq. 4
-        if lpips:
-            loss = loss + args.perceptual_weight * lpips(estimate.float().clamp(0, 1), batch["clean"]).mean()
+        if lpips:  # which refuses nan; Eq. 4 keeps it, so that it is reported with its pictures
+            loss = loss + args.perceptual_weight * lpips(estimate.float().nan_to_num().clamp(0, 1), batch["clean"]).mean()
         run.step(loss)
     return 0
 

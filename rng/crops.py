@@ -67,6 +67,11 @@ def random_place(picture, size, generator):
     return int(generator.integers(max(1, height - size + 1))), int(generator.integers(max(1, width - size + 1)))
 
 
+def shares_of(weights, batch):
+    """Where the share of each data set begins in a batch, and its end: ints, one more than weights."""
+    return np.round(np.cumsum([0, *weights]) / sum(weights) * batch).astype(int)
+
+
 class Crops(torch.utils.data.IterableDataset):
     """Batches of training crops for the iterations start, ..., stop - 1.
 
@@ -79,7 +84,7 @@ class Crops(torch.utils.data.IterableDataset):
         self.sets, self.size, self.batch, self.mix, self.seed = sets, size, batch, mix, seed
         self.start, self.stop, self.schedule = start, stop, schedule
         self.rank, self.world_size = rank, world_size
-        shares = np.round(np.cumsum([0, *weights]) / sum(weights) * batch).astype(int)
+        shares = shares_of(weights, batch)
         self.slots = [(s, i - shares[s], shares[s + 1] - shares[s])        # of each sample: set, place, places in all
                       for s in range(len(sets)) for i in range(shares[s], shares[s + 1])]
         self.fits = [_decoded_bytes(items) <= CACHE_BYTES for items in sets]
@@ -181,6 +186,8 @@ def training_stream(args, schedule=None):
         raise InputError(f"--batch {args.batch} cannot be shared evenly among {world_size} processes; give a multiple")
     train, held_out = data.training_items(args, args.validation)
     weights = args.weight or [1] * len(train)
+    if 0 in np.diff(shares_of(weights, args.batch)):
+        raise InputError(f"--batch {args.batch} has no place for one of the data sets; give a larger one or another --weight")
     mix = NoiseMix(args.sigma, args.camera, args.clip_noisy)
 
     def stream(start, stop):

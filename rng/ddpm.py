@@ -31,7 +31,10 @@ def linear_schedule(steps, end):
 
 
 def default_end(steps):
-    """End point of 1 - alpha for a step count that no grid search has covered: min(0.5, 10 / T)."""
+    """End point of 1 - alpha for a step count that no grid search has covered: min(0.5, 10 / T).
+
+    The sum of 1 - alpha_t over T steps is then about 5, and gamma_T about exp(-5): d_T is nearly pure noise.
+    """
     return min(0.5, 10 / steps)
 
 

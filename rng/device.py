@@ -7,18 +7,19 @@ from rng.errors import InputError
 
 
 def pick(name="auto"):
-    """"auto" takes a CUDA GPU (under torchrun each process its own), else an Apple GPU, else the CPU.
+    """"auto" takes a CUDA GPU (under torchrun each process its own), else the CPU.
 
-    Any torch device name is taken as it is; InputError if it cannot be used.
+    Any torch device name is taken as it is; InputError if it cannot be used. Noise levels are float64, which Apple's GPUs
+    do not have.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", distributed.local_rank())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {name!r} cannot be used here; try --device cpu") from error
     return device
 

@@ -46,6 +46,6 @@ def mean(values, device):
     """Mean over all processes of a list of numbers -> list of floats."""
     if world_size() == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(total)
     return (total / world_size()).tolist()

@@ -10,7 +10,7 @@ class InputError(Exception):
 
 
 def script(main):
-    """Wraps a script's `main(argv=None) -> int`: an InputError becomes one line on stderr and exit code 2."""
+    """Wraps a script's `main(argv=None) -> int`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -19,6 +19,9 @@ def script(main):
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
 
     return wrapped
 

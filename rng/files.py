@@ -39,3 +39,12 @@ def write_text(path, text):
     except OSError as error:
         reason = error.strerror.lower()
         raise InputError(f"cannot write {path}: {reason}; name a file in a folder that exists") from error
+
+
+def append_line(path, text):
+    """Adds a line to a text file; InputError if the disk is full. What a failure leaves of it has no line end."""
+    try:
+        with open(path, "a") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error.strerror.lower()}); make space, the same command goes on") from error

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import datetime
 import json
 import math
 import signal
@@ -13,7 +14,7 @@ import torch
 
 from rng import checkpoint, data, device, distributed
 from rng.errors import InputError, number
-from rng.files import make_folder, write_text
+from rng.files import append_line, make_folder, write_text
 
 REPORT_EVERY = 50  # iterations
 # Options that may change between two runs of one training without changing its result.
@@ -41,7 +42,7 @@ def parse(parser, presets, argv):
         help="torch.compile: faster where much lies between the convolutions; needs a C++ compiler")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="auto: bfloat16 where it pays (default)")
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument("--preset", choices=sorted(presets), default="paper")
     parser.set_defaults(**presets[chosen.parse_known_args(argv)[0].preset])
     return parser.parse_args(argv)
@@ -59,7 +60,7 @@ def add_crop_arguments(parser):
 def reconstruction_loss(clean, estimate, kind="mse"):
     """Eq. 4 with p = 2, mean ||y - r(x)||^2; kind "psnr" is NAFNet's own loss, the mean of -PSNR in dB.
 
-    clean, estimate: (N, 3, H, W) in [0, 1].
+    clean, estimate: (N, 3, H, W) in [0, 1]. NAFNet's 1e-8 keeps the logarithm finite where both are equal.
     """
     squared = (clean - estimate.float()).square()
     return squared.mean() if kind == "mse" else 10 * torch.log10(squared.mean(dim=(1, 2, 3)) + 1e-8).mean()
@@ -162,10 +163,9 @@ class Run:
             return self.validate(self.averaged)
 
     def _report(self, info, seconds_left):
-        with open(self.log_path, "a") as log:
-            log.write(json.dumps(info) + "\n")
+        append_line(self.log_path, json.dumps(info))
         numbers = "  ".join(f"{key} {value:.4g}" for key, value in info.items() if key != "iteration")
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        left = datetime.timedelta(seconds=round(seconds_left))
         line = f"iteration {self.iteration}/{self.args.iterations}  {numbers}  left {left}"
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
@@ -179,11 +179,11 @@ class Run:
 
     def _resume(self):
         state = checkpoint.load(self.last)
-        if not {"settings", "iteration", "optimizer", *self.networks} <= state.keys():
+        if not isinstance(state, dict) or not {"settings", "iteration", "optimizer", *self.networks} <= state.keys():
             raise InputError(f"{self.last} is not the state of this training; remove it, or name a new --model folder")
         changed = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
         if changed:
-            differences = ", ".join(f"--{key.replace('_', '-')} ({state['settings'].get(key)}, now {self.settings[key]})"
+            differences = ", ".join(f"{key.replace('_', '-')} ({state['settings'].get(key)}, now {self.settings[key]})"
                                     for key in changed)
             raise InputError(f"{self.last} was made with another {differences}; "
                              "use the same settings, or a new --model folder to start afresh")

@@ -10,6 +10,7 @@ from torch import nn
 def noise_level_embedding(gamma, dim):
     """Sinusoidal embedding of the noise level, as in WaveGrad (ref. [13]): sin and cos of 5000 sqrt(gamma).
 
+    Wavelengths run from 2 pi to 10,000 times that, as in the Transformer's embedding of positions.
     gamma: (N,) float64 in [0, 1] -> (N, dim) float32. Never in bfloat16, which turns 0.999 into 1.
     """
     position = 5000 * gamma.double().sqrt()                                   # (N,)
@@ -50,7 +51,7 @@ class UNet(nn.Module):
         self.config = {"arch": "unet", "base": base, "multipliers": list(multipliers), "blocks": blocks,
                        "conditions": conditions, "noise_level": noise_level}
         self.base, self.noise_level = base, noise_level
-        embedding = 4 * base if noise_level else 0
+        embedding = 4 * base if noise_level else 0  # as wide as DDPM's
         if noise_level:
             self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
         channels = [base * m for m in multipliers]
@@ -60,7 +61,7 @@ class UNet(nn.Module):
         for c, c_next in zip(channels[:-1], channels[1:]):
             self.encoders.append(nn.ModuleList([ResBlock(c, c, embedding) for _ in range(blocks)]))
             self.downs.append(nn.Conv2d(c, c_next, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([ResBlock(channels[-1], channels[-1], embedding) for _ in range(2 * blocks)])
+        self.middle = nn.ModuleList([ResBlock(channels[-1], channels[-1], embedding) for _ in range(2 * blocks)])  # cheap there
         for c, c_next in zip(channels[-2::-1], channels[:0:-1]):
             self.ups.append(nn.Conv2d(c_next, c, 3, padding=1))
             self.decoders.append(nn.ModuleList(

@@ -431,3 +431,15 @@ def test_label_of_a_drawn_mix_is_plain_json():
     for _ in range(50):
         sigma, clip = MIXED.draw(gen)
         assert json.loads(json.dumps([sigma, clip])) == [sigma, clip]
+
+
+@pytest.mark.parametrize("weights, batch", [((9, 1), 4), ((1, 30), 8), ((1, 1, 1), 2)])
+def test_a_batch_without_a_place_for_a_set_is_refused(weights, batch, monkeypatch):
+    sets = [[data.Item("a", np.zeros((40, 40, 3), np.uint8))] for _ in weights]
+    monkeypatch.setattr(data, "training_items", lambda args, validation: (sets, sets))
+    args = argparse.Namespace(batch=batch, weight=weights, validation=len(weights), crop=32, workers=0, seed=0,
+                              sigma=[(0, 55)], camera=0, clip_noisy=0)
+    with pytest.raises(InputError, match="no place for one of the data sets"):
+        crops.training_stream(args)
+    args.batch = 40
+    crops.training_stream(args)

@@ -16,7 +16,7 @@ import pytest
 import scipy.special
 import torch
 import torch.nn.functional as F
-from helpers import same
+from helpers import same, write_random_alexnet
 from PIL import Image
 from torch import nn
 
@@ -25,7 +25,8 @@ import train_gen
 import train_recon
 from rng import checkpoint, crops, ddpm, metrics, training
 from rng.controller import STEPS
-from rng.errors import InputError
+from rng.errors import InputError, script
+from rng.files import append_line
 from rng.nafnet import NAFNet
 from rng.pipeline import RnG
 from rng.unet import UNet
@@ -59,7 +60,7 @@ def train(pictures, tmp_path, monkeypatch):
 
     def train(stage, name, *options):
         folder = tmp_path / name
-        if stage == "gen" and not folder.exists():
+        if stage == "gen" and "--scheme" not in options and not folder.exists():
             folder.mkdir()
             torch.manual_seed(1)
             r = NAFNet(4, [1], 1, [1])
@@ -198,8 +199,42 @@ def test_changed_settings_are_refused(options, train, at_iteration, tmp_path, ca
         train("recon", "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     assert train("recon", "model", *options.split()) == 2
-    assert f"another {options.split()[0]} " in refusal(capsys)
+    assert f"another {options.split()[0].removeprefix('--')} " in refusal(capsys)
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_g_does_not_go_on_with_another_r(train, at_iteration, tmp_path, capsys):
+    at_iteration(1, sends(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        train("gen", "model")
+    r = NAFNet(4, [1], 1, [1])
+    nn.init.normal_(r.ending.weight)
+    checkpoint.save_weights(tmp_path / "model" / "recon.pt", "recon", r.config, r, {})
+    assert train("gen", "model") == 2
+    assert "another recon " in refusal(capsys)
+
+
+@pytest.mark.parametrize("scheme", ["joint", "intermediate"])
+def test_a_joint_training_does_not_overwrite_a_trained_r(scheme, train, tmp_path, capsys):
+    assert train("recon", "model") == 0
+    before = (tmp_path / "model" / "recon.pt").read_bytes()
+    assert train("gen", "model", "--scheme", scheme) == 2
+    assert "recon.pt would be overwritten" in refusal(capsys)
+    assert (tmp_path / "model" / "recon.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("spelling", ["--preset small", "--preset=small", "--pres small"])
+@pytest.mark.parametrize("stage", [train_recon, train_gen, train_controller])
+def test_a_preset_is_taken_however_it_is_spelled(stage, spelling, monkeypatch):
+    seen, parse = [], training.parse
+
+    def remember(*given):
+        seen.append(parse(*given))
+        raise InputError("enough")
+
+    monkeypatch.setattr(training, "parse", remember)
+    assert stage.main(spelling.split()) == 2
+    assert seen[0].batch == stage.PRESETS["small"]["batch"]
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too(pictures, tmp_path):
@@ -255,6 +290,45 @@ def test_a_loss_of_nan_at_the_first_iteration_writes_nothing(train, at_iteration
     assert train("recon", "model") == 2
     assert "iteration 1" in refusal(capsys)
     assert not (tmp_path / "model").exists() or not list((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize("stage", ["recon", "gen"])
+def test_weights_of_nan_are_reported_beside_a_perceptual_loss_too(stage, train, at_iteration, monkeypatch, tmp_path, capsys):
+    def spoil(run, loss):
+        run.parameters[0].data *= math.nan
+        return loss
+
+    at_iteration(1, spoil)
+    monkeypatch.setenv("RNG_ALEXNET", str(write_random_alexnet(tmp_path / "alexnet.npz")))
+    assert train(stage, "model", "--perceptual-weight", "1", "--crop", "40") == 2
+    assert "nan at iteration" in refusal(capsys)
+
+
+def test_a_full_disk_while_logging_is_one_sentence():
+    with pytest.raises(InputError, match="could not be written"):
+        append_line("/dev/full", "{}")
+
+
+def test_a_log_or_state_that_is_none_is_refused(train, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    torch.save([1, 2], tmp_path / "model" / "last_recon.pt")
+    assert train("recon", "model") == 2
+    assert "is not the state of this training" in refusal(capsys)
+
+
+def test_ctrl_c_outside_a_loop_ends_in_a_word(capsys):
+    @script
+    def main(argv=None):
+        raise KeyboardInterrupt
+
+    assert main([]) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_sizes_that_no_network_or_metric_takes(train, capsys):
+    assert train("gen", "model", "--base", "5") == 2
+    assert "--base must be even" in refusal(capsys)
+    assert train("recon", "model", "--perceptual-weight", "1", "--crop", "16") == 2
+    assert "--crop of at least 31" in refusal(capsys)
 
 
 def test_a_gradient_of_nan_does_not_reach_a_checkpoint(train, at_iteration, tmp_path, capsys):
