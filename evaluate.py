@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from rng import checkpoint, data, ddpm, figures, metrics, panels, scoring, tilin
 from rng.controller import STEPS
 from rng.errors import InputError, number, script
 from rng.files import make_folder, write_text
-from rng.images import check_writable, read_rgb, write_picture
+from rng.images import check_writable, write_picture
 from rng.pipeline import PEAK, RnG, find_folder
 from rng.search import search
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
+# End points of 1 - alpha to search; 10 steps start from noise (search.NOISY_ENOUGH) with 0.4 or more, 100 with 0.05 or more.
 ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
@@ -46,8 +48,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=number(int, 0, 2000), nargs="*", default=[20, 100],
                         help="fixed step counts to score beside r and RnG")
     parser.add_argument("--detail", type=number(float, 0, 2), nargs="+", default=[1.0],
-                        help="scales of the generated detail, 0 to 1, a row for each")
-    parser.add_argument("--outputs", type=named_folder, nargs="+", default=[], metavar="NAME=DIR",
+                        help="scales of the generated detail, times the schedule's own, 0 to 2; a row for each")
+    parser.add_argument("--outputs", nargs="+", default=[], metavar="NAME=DIR",
                         help="score other methods' pictures too, with the names of the data set's; for several sigmas in "
                              "folders DIR/15, DIR/25, ...")
     parser.add_argument("--save", type=Path, help="write every scored picture to this folder")
@@ -73,25 +75,18 @@ def main(argv=None):
     parser.add_argument("--variance", choices=ddpm.VARIANCES, default="paper",
                         help="of Eq. 3's noise in the search, kept in schedule.json; the paper knows only the first")
     args = parser.parse_args(argv)
+    args.outputs = scoring.named_folders(args.outputs)
 
     model = RnG.load(args.model, args.device, args.precision, schedule=not args.search_schedule)
-    some = data.items(args.data, args.root, args.split)
-    some = data.evenly(some, args.limit or len(some))
+    every = data.items(args.data, args.root, args.split)
+    some = data.evenly(every, args.limit or len(every))
     if some[0].noisy is not None:
         args.sigma = [None]
     elif args.sigma is None:
         args.sigma = [20, 35, 50] if args.data == "div2k" else [15, 25, 50]
     if args.search_schedule:
         return search_schedule(args, model, some)
-    return draw(args, model, some) if args.figures else score(args, model, some)
-
-
-def named_folder(text):
-    """"NAME=DIR" -> (NAME, Path)."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form NAME=DIR")
-    return name, Path(folder)
+    return draw(args, model, some, every) if args.figures else score(args, model, some, every)
 
 
 def protocol(args, some):
@@ -107,8 +102,8 @@ def protocol(args, some):
             f"PSNR on RGB, SSIM on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}.")
 
 
-def score(args, model, some):
-    """Prints the table and writes it as CSV."""
+def score(args, model, some, every):
+    """Prints the table of `some` pictures of the set `every` and writes it as CSV."""
     lpips = metrics.load_lpips(args.lpips_backbone, "cpu")
     if not args.csv.parent.is_dir():
         raise InputError(f"cannot write {args.csv}: name a file in a folder that exists")
@@ -116,8 +111,10 @@ def score(args, model, some):
         check_writable(args.plot)
         if not lpips:
             raise InputError("--plot needs LPIPS, and its backbone could not be had; give --lpips-backbone")
-    outputs = [{name: scoring.output_files(scoring.sigma_folder(folder, sigma, args.sigma), some)
-                for name, folder in args.outputs} for sigma in args.sigma]
+    if args.save:
+        scoring.by_stem([Path(item.name) for item in some], "the data set")
+    outputs = [{name: scoring.output_files(scoring.sigma_folder(folder, sigma, args.sigma), some, every)
+                for name, folder in args.outputs.items()} for sigma in args.sigma]
     rows = []
     for sigma, files in zip(args.sigma, outputs):
         results = {}
@@ -125,14 +122,13 @@ def score(args, model, some):
             if sys.stderr.isatty():
                 print(f"\rsigma {sigma}: picture {n + 1}/{len(some)} \r", end="", file=sys.stderr, flush=True)
             clean, noisy = scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy)
-            stem = Path(item.name).stem
-            theirs = {name: some[stem] for name, some in files.items()}
+            theirs = scoring.outputs(files, item, args.centre_crop)
             for name, image, taken in pictures(args, model, clean, noisy, theirs):
                 results.setdefault(name, []).append([*scoring.measure(lpips, image, clean, args.metric_patches), taken])
                 if args.save:
                     folder = scoring.sigma_folder(args.save / name, sigma, args.sigma)
                     make_folder(folder)
-                    write_picture(folder / f"{stem}.png", image)
+                    write_picture(folder / f"{Path(item.name).stem}.png", image)
         rows += [(sigma, name, *np.mean(values, axis=0)) for name, values in results.items()]
         fixed = np.array([results[name] for name in results if name == "r alone" or name.endswith(" steps")])
         if lpips and len(fixed) > 2:  # (counts, pictures, columns)
@@ -146,6 +142,10 @@ def score(args, model, some):
     for sigma, name, *values in rows:
         cells = ["-" if np.isnan(value) else f"{value:.{digits}f}" for value, digits in zip(values, (4, 3, 2, 4, 1))]
         print(f"| {'-' if sigma is None else sigma} | {name} | " + " | ".join(cells) + " |")
+    chosen, fixed = ([row[-1] for row in rows[-len(names):] if re.match(kind, row[1])] for kind in ("RnG", r"\d+ steps"))
+    if chosen and fixed:  # the rows of Table 5
+        nearest = min(fixed, key=lambda steps: abs(steps - chosen[0]))
+        print(f"\nThe fixed count nearest to RnG's mean of {chosen[0]:.1f} steps: {nearest:g} steps.")
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("sigma", "method", *COLUMNS), *rows])
     write_text(args.csv, table.getvalue())
@@ -157,8 +157,8 @@ def score(args, model, some):
     return 0
 
 
-def pictures(args, model, clean, noisy, files):
-    """Yields (name, picture uint8, mean steps or nan) for each row of the table; files: {method: its picture}."""
+def pictures(args, model, clean, noisy, theirs):
+    """Yields (name, picture uint8, mean steps or nan) for each row of the table; theirs: {other method: its picture}."""
     yield "ground truth", clean, np.nan
     yield "noisy input", scoring.eight_bit(noisy), np.nan
     counts = {"r alone": 0}
@@ -171,28 +171,24 @@ def pictures(args, model, clean, noisy, files):
         for detail in args.detail if steps else [1.0]:
             image = scoring.eight_bit(parts.recon + detail * parts.residual)
             yield name if len(args.detail) == 1 or not steps else f"{name}, detail {detail:g}", image, parts.steps.mean()
-    for name, path in files.items():
-        image = scoring.centre(read_rgb(path), args.centre_crop)
-        if image.shape != clean.shape:
-            raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, its clean picture {clean.shape[1]} x "
-                             f"{clean.shape[0]} pixels; they must be of one size")
+    for name, image in theirs.items():
         yield name, image, np.nan
 
 
-def draw(args, model, some):
+def draw(args, model, some, every):
     """The paper's Figs. 3 to 6 for some pictures with the first sigma, into --figures."""
     if model.gen is None:
         raise InputError("the figures show what g does; train it first")
     lpips = metrics.LPIPS(args.lpips_backbone)
-    outputs = {name: scoring.output_files(scoring.sigma_folder(folder, args.sigma[0], args.sigma), some)
-               for name, folder in args.outputs}
+    outputs = {name: scoring.output_files(scoring.sigma_folder(folder, args.sigma[0], args.sigma), some, every)
+               for name, folder in args.outputs.items()}
     make_folder(args.figures)
     over_steps, crops_of = [], []
     for item in some:
         clean, noisy = scoring.inputs(item, args.sigma[0], args.centre_crop, args.clip_noisy)
+        theirs = scoring.outputs(outputs, item, args.centre_crop)
         over_steps.append(panels.steps_row(model, lpips, clean, noisy, args.seed))
-        files = {name: files[Path(item.name).stem] for name, files in outputs.items()}
-        named = {name: image for name, image, _ in pictures(args, model, clean, noisy, files)}
+        named = {name: image for name, image, _ in pictures(args, model, clean, noisy, theirs)}
         crops_of.append(panels.crops_row(named, clean))
         if item is some[0]:
             write_picture(args.figures / "fig5.png", np.asarray(figures.grid(
@@ -212,8 +208,6 @@ def search_schedule(args, model, some):
     pairs = [scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy) for sigma in args.sigma for item in some]
     if len({clean.shape for clean, _ in pairs}) > 1:
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
-    if min(pairs[0][0].shape[:2]) < metrics.LPIPS_SIZE:
-        raise InputError(f"LPIPS needs patches of at least {metrics.LPIPS_SIZE} pixels; give a larger --centre-crop")
     y, x = (torch.cat([scoring.to_batch(picture) for picture in some]).to(model.device) for some in zip(*pairs))
     details = {steps: args.details for steps in STEPS[1:]}
     if args.ramp:

@@ -42,14 +42,20 @@ def _luma(x):
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB over all three channels; infinite for equal pictures."""
+    """Peak signal-to-noise ratio in dB over all three channels; infinite for equal pictures.
+
+    x, y: (N, 3, H, W) in [0, 1], white being 1 -> (N,) float64.
+    """
     _check(x, y)
     mse = (x.detach().cpu().double() - y.detach().cpu().double()).square().mean((1, 2, 3))
     return -10 * mse.log10()
 
 
 def ssim(x, y):
-    """Structural similarity of the luma, 11x11 Gaussian window of sigma 1.5, windows inside the picture only."""
+    """Structural similarity of the luma, 11x11 Gaussian window of sigma 1.5, windows inside the picture only.
+
+    x, y: (N, 3, H, W) in [0, 1], H and W at least 11 -> (N,) float64, 1 for equal pictures.
+    """
     _check(x, y)
     if min(x.shape[2:]) < 11:
         raise ValueError(f"SSIM needs pictures of at least 11x11 pixels, got {x.shape[2]}x{x.shape[3]}")
@@ -68,16 +74,16 @@ BLOCK = 96  # pixels; half as many at half size
 HALF_SIZE_TAPS = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256  # MATLAB's imresize(x, 0.5): antialiased bicubic
 
 # A generalised Gaussian of shape a has (E|v|)^2 / E[v^2] = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)), which grows with a.
-SHAPES = np.arange(0.2, 10.001, 0.001)
+SHAPES = np.arange(0.2, 10.001, 0.001)  # the grid of the authors' MATLAB code, 0.2:0.001:10
 SHAPE_RATIOS = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
 
 
 def niqe(x):
-    """Natural image quality evaluator with the official pristine model; lower is better.
+    """Natural image quality evaluator with the official pristine model, 0 or more; lower is better.
 
-    The picture is cropped from the top left to 96x96 blocks; fewer than two raise ValueError. NaN where fewer than two
-    blocks have any structure. In large flat areas the sign of rounding errors counts, in every implementation: on such
-    pictures the published ones differ by some percent.
+    x: (N, 3, H, W) in [0, 1] -> (N,) float64. The picture is cropped from the top left to 96x96 blocks; fewer than two
+    raise ValueError. NaN where fewer than two blocks have any structure. In large flat areas the sign of rounding errors
+    counts, in every implementation: on such pictures the published ones differ by some percent.
     """
     _check(x)
     if (x.shape[2] // BLOCK) * (x.shape[3] // BLOCK) < 2:
@@ -86,29 +92,31 @@ def niqe(x):
 
 
 def _niqe(luma):
+    """Luma (H, W), 0 to 255, rounded -> NIQE, a float or NaN."""
     rows, cols = luma.shape[0] // BLOCK, luma.shape[1] // BLOCK
     luma = luma[: rows * BLOCK, : cols * BLOCK]
     features = []
     for size, plane in ((BLOCK, luma), (BLOCK // 2, _half_size(luma))):
-        blocks = _normalise(plane).reshape(rows, size, cols, size).swapaxes(1, 2).reshape(-1, size, size)
-        features += _block_features(blocks)
-    features = np.stack(features, axis=1)  # (rows * cols, 36)
+        blocks = _normalise(plane).reshape(rows, size, cols, size).swapaxes(1, 2)        # (rows, cols, size, size)
+        features += _block_features(blocks.reshape(-1, size, size))                      # 18 more, each (rows * cols,)
+    features = np.stack(features, axis=1)                                                # (rows * cols, 36)
 
-    complete = features[~np.isnan(features).any(axis=1)]
+    complete = features[~np.isnan(features).any(axis=1)]                                 # (B, 36), B <= rows * cols
     if len(complete) < 2:
         return np.nan
-    difference = np.nanmean(features, axis=0) - PRISTINE_MEAN
-    precision = np.linalg.pinv((np.cov(complete, rowvar=False) + PRISTINE_COV) / 2)
+    difference = np.nanmean(features, axis=0) - PRISTINE_MEAN                            # (36,)
+    precision = np.linalg.pinv((np.cov(complete, rowvar=False) + PRISTINE_COV) / 2)      # (36, 36)
     return np.sqrt(difference @ precision @ difference)
 
 
 def _half_size(plane):
+    """(H, W) -> (H/2, W/2), not rounded; H and W even."""
     plane = correlate1d(plane, HALF_SIZE_TAPS, axis=0, mode="reflect", origin=-1)[::2]
     return correlate1d(plane, HALF_SIZE_TAPS, axis=1, mode="reflect", origin=-1)[:, ::2]
 
 
 def _normalise(plane):
-    """Mean subtracted, contrast normalised: (plane - local mean) / (local standard deviation + 1)."""
+    """(H, W), 0 to 255 -> the same shape: (plane - local mean) / (local standard deviation + 1)."""
     # In two dimensions though the window is separable: the rounding errors in flat areas differ (see niqe).
     mean = correlate(plane, GAUSSIAN_WINDOW, mode="nearest")
     variance = correlate(plane**2, GAUSSIAN_WINDOW, mode="nearest") - mean**2
@@ -126,7 +134,7 @@ def _block_features(blocks):
 
 
 def _fit_aggd(blocks):
-    """Asymmetric generalised Gaussian fitted to each block by moments: shape and the two scales, each (B,)."""
+    """Asymmetric generalised Gaussian fitted by moments to each of blocks (B, size, size): shape, two scales, each (B,)."""
     square, negative, positive = blocks**2, blocks < 0, blocks > 0
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN where all values have one sign
         left = np.sqrt((square * negative).sum((1, 2)) / negative.sum((1, 2)))
@@ -174,16 +182,16 @@ class LPIPS(nn.Module):
             least, size = f"{LPIPS_SIZE}x{LPIPS_SIZE}", f"{x.shape[2]}x{x.shape[3]}"
             raise ValueError(f"LPIPS needs pictures of at least {least} pixels, got {size}")
         with torch.autocast(x.device.type, enabled=False):
-            layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)
-            return sum((head * (u - v).square()).sum(1).mean((1, 2)) for u, v, head in layers)
+            layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)  # five; heads (C, 1, 1)
+            return sum((head * (u - v).square()).sum(1).mean((1, 2)) for u, v, head in layers)  # (N,)
 
     def _directions(self, x):
-        """The output of each ReLU, of unit length over channels."""
-        x = (2 * x - 1 - self.shift) / self.scale
+        """x (N, 3, H, W) in [0, 1] -> yields the output of each ReLU, (N, C, h, w), of unit length over channels."""
+        x = (2 * x - 1 - self.shift) / self.scale           # (N, 3, H, W), normalised as AlexNet was trained
         for layer in self.features:
-            x = layer(x)
+            x = layer(x)                                    # (N, C, h, w), C = 64, 192, 384, 256, 256
             if isinstance(layer, nn.ReLU):
-                yield F.normalize(x, dim=1, eps=1e-10)
+                yield F.normalize(x, dim=1, eps=1e-10)      # (N, C, h, w)
 
 
 def _load_alexnet(features, backbone):

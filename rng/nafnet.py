@@ -17,29 +17,33 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x):                  # (N, C, H, W)
         # channels-last memory makes both permutes free; float32 is exact, and faster than bfloat16 for few channels
-        x = F.layer_norm(x.permute(0, 2, 3, 1).float(), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C)
+        x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)       # (N, C, H, W) float32
 
 
 class SimpleGate(nn.Module):
-    """Half of the channels gates the other half: NAFNet's only nonlinearity."""
+    """Half of the channels gates the other half, (N, 2C, H, W) -> (N, C, H, W): NAFNet's only nonlinearity."""
 
-    def forward(self, x):
-        a, b = x.chunk(2, dim=1)
-        return a * b
+    def forward(self, x):         # (N, 2C, H, W)
+        a, b = x.chunk(2, dim=1)  # (N, C, H, W) each
+        return a * b              # (N, C, H, W)
 
 
 def scaled(conv, scale, y):
-    """conv(y) * scale, scale (1, C, 1, 1), as one convolution: saves a pass over memory, and its gradient's."""
+    """conv(y) * scale, (N, C, H, W), as one convolution: saves a pass over memory, and its gradient's.
+
+    conv: 1x1, C to C channels; scale: (1, C, 1, 1); y: (N, C, H, W).
+    """
     return F.conv2d(y, conv.weight * scale.transpose(0, 1), conv.bias * scale.flatten())
 
 
 class NAFBlock(nn.Module):
-    """Depth-wise convolution, gate and channel attention, then a gated pointwise feed-forward part.
+    """Depth-wise convolution, gate and channel attention, then a gated pointwise feed-forward part; shape in, shape out.
 
-    beta and gamma start at zero, so a new block is the identity.
+    c: channels. beta and gamma start at zero, so a new block is the identity.
     """
 
     def __init__(self, c):
@@ -56,11 +60,12 @@ class NAFBlock(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, c, 1, 1))
         self.gamma = nn.Parameter(torch.zeros(1, c, 1, 1))
 
-    def forward(self, x):                                   # (N, C, H, W)
-        y = self.sg(self.conv2(self.conv1(self.norm1(x))))  # (N, C, H, W), 2C before the gate
-        x = x + scaled(self.conv3, self.beta, y * self.sca(y))
-        y = self.sg(self.conv4(self.norm2(x)))              # (N, C, H, W)
-        return x + scaled(self.conv5, self.gamma, y)
+    def forward(self, x):                                       # (N, C, H, W)
+        y = self.conv2(self.conv1(self.norm1(x)))               # (N, 2C, H, W)
+        y = self.sg(y)                                          # (N, C, H, W)
+        x = x + scaled(self.conv3, self.beta, y * self.sca(y))  # (N, C, H, W); sca(y): (N, C, 1, 1)
+        y = self.sg(self.conv4(self.norm2(x)))                  # (N, C, H, W), 2C before the gate
+        return x + scaled(self.conv5, self.gamma, y)            # (N, C, H, W)
 
 
 class NAFNet(nn.Module):
@@ -89,19 +94,19 @@ class NAFNet(nn.Module):
             self.decoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
 
     def forward(self, x):
-        """x: noisy images (N, 3, H, W), RGB in [0, 1], any H and W from 1 -> r(x), the same shape."""
+        """x: noisy images (N, 3, H, W), RGB in [0, 1] but for the noise, H and W from 1 -> r(x), the same shape, not clipped."""
         height, width = x.shape[-2:]
         multiple = 2 ** len(self.encoders)
-        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # with zeros, as the official code does
-        h = self.intro(x)                                            # (N, C, H, W)
+        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # (N, 3, H', W'); with zeros, as in the official code
+        h = self.intro(x)                                            # (N, C, H', W'), C = width
         skips = []
         for encoder, down in zip(self.encoders, self.downs):
-            h = encoder(h)
+            h = encoder(h)                                           # (N, C, H', W')
             skips.append(h)
-            h = down(h)                                              # (N, 2C, H/2, W/2) and so on
-        h = self.middle_blks(h)
+            h = down(h)                                              # (N, 2C, H'/2, W'/2) and so on
+        h = self.middle_blks(h)                                      # (N, 16C, H'/16, W'/16) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
-            h = decoder(up(h) + skip)
+            h = decoder(up(h) + skip)                                # (N, 8C, H'/8, W'/8) and so on, to (N, C, H', W')
         return (self.ending(h) + x)[..., :height, :width]            # (N, 3, H, W)
 
 

@@ -59,21 +59,24 @@ def crops_row(named, clean):
 
 
 def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 1)):
-    """Fig. 5 for the centre patch: g's estimate of d_0 at several t of one run, the sum, the spectra of the residuals."""
+    """Fig. 5 for the centre patch: g's estimate of d_0 at several t of one run, the sum, the spectra of the residuals.
+
+    Every d_0 is scaled as in the sum, by the schedule's detail.
+    """
     x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
     y_r = model.reconstruct(x)
-    estimates = []
+    scale, estimates = model.detail_of(steps), []
 
     def record(g, inputs, eps_hat):
         """Eq. 1 solved for d_0, in [0, 1] units."""
         _, d_t, gamma = inputs
-        estimates.append(ddpm.estimate(d_t, eps_hat.float(), gamma) / model.settings["residual_scale"])
+        estimates.append(scale * ddpm.estimate(d_t, eps_hat.float(), gamma) / model.settings["residual_scale"])
 
     def noise(key, index):
         return tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])[None].to(model.device)
 
     hook = model.gen.register_forward_hook(record)
-    d_0 = model.detail_of(steps) * model.generate(x, y_r, [steps], noise)
+    d_0 = scale * model.generate(x, y_r, [steps], noise)
     hook.remove()
 
     def grey(residual):
@@ -90,6 +93,7 @@ def spectrum(residual, bins=32):
     """Power of a residual (1, 3, H, W) over frequency, averaged over directions -> (frequencies, log10 of the power)."""
     power = np.abs(np.fft.fft2(residual[0].cpu().numpy())) ** 2
     height, width = power.shape[1:]
+    bins = min(bins, height // 2, width // 2)  # of a small patch fewer, or some would be empty
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     index = np.minimum((2 * bins * frequency).astype(int), bins)  # bin `bins` gathers the corners beyond 0.5
     mean = [power[:, index == i].mean() / (height * width) for i in range(bins)]

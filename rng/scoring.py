@@ -1,5 +1,6 @@
 """How pictures are scored (Sec. 4): the inputs by the protocol, other methods' pictures, the four metrics."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,10 @@ import torch
 
 from rng import crops, data, metrics, tiling
 from rng.errors import InputError
-from rng.images import EXTENSIONS
+from rng.images import EXTENSIONS, read_rgb
 from rng.pipeline import PEAK, to_pixels
+
+OWN_ROWS = re.compile("ground truth|noisy input|r alone|RnG.*|.* steps.*|best of .*|mean.*")  # of evaluate.py's table
 
 
 def centre(picture, side):
@@ -30,8 +33,14 @@ def to_batch(image):
 
 
 def inputs(item, sigma, centre_crop=None, clip_noisy=False):
-    """-> (clean, noisy) of a data.Item: uint8 and, where noise is added, float32 (H, W, 3); sigma on the 0-255 scale."""
+    """-> (clean, noisy) of a data.Item: uint8 and, where noise is added, float32 (H, W, 3); sigma on the 0-255 scale.
+
+    InputError where what is left of a picture is too small for LPIPS.
+    """
     clean, noisy = (picture if picture is None else centre(picture, centre_crop) for picture in item.read())
+    if min(clean.shape[:2]) < metrics.LPIPS_SIZE:
+        raise InputError(f"{item.name}: {clean.shape[1]} x {clean.shape[0]} pixels are too few to score; give a larger "
+                         f"--centre-crop, or leave pictures under {metrics.LPIPS_SIZE} pixels a side out of the set")
     if noisy is None:
         noisy = data.noisy_version(clean, sigma)
         noisy = eight_bit(noisy) if clip_noisy else noisy
@@ -43,16 +52,64 @@ def sigma_folder(folder, sigma, sigmas):
     return folder / f"{sigma:g}" if len(sigmas) > 1 else folder
 
 
-def output_files(folder, items):
-    """{stem: file} of another method's pictures, one for each of `items`; a missing or extra one is an InputError."""
+def named_folders(texts):
+    """["NAME=DIR", ...] -> {NAME: Path}; InputError where a NAME cannot be a row of the table and a folder of --save."""
+    folders = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise InputError(f"--outputs {text} is not of the form NAME=DIR")
+        if name in folders:
+            raise InputError(f"--outputs names {name} twice; give each method its own name")
+        if OWN_ROWS.fullmatch(name):
+            raise InputError(f"--outputs {name}: such a name is kept for the table's own rows; give the method another")
+        if name in (".", "..") or "/" in name or "\\" in name:
+            raise InputError(f"--outputs {name}: a name is no path; write it as NAME=DIR, without / and \\ in NAME")
+        folders[name] = Path(folder)
+    return folders
+
+
+def by_stem(paths, where):
+    """{stem: path}, for methods' pictures go by their stems; InputError, which names `where`, if two stems are equal."""
+    found = {}
+    for path in paths:
+        if path.stem in found:
+            raise InputError(f"{where}: {found[path.stem].name} and {path.name} differ only in their ending; rename one")
+        found[path.stem] = path
+    return found
+
+
+def output_files(folder, items, every):
+    """{stem: file} of another method's pictures, one for each of `items`, and for some others of the set `every`.
+
+    InputError where one is missing, is not of the set, or goes by the stem of another.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is missing; put the method's pictures there, named as those of the data set")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS}
+    found = by_stem([path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS], folder)
+    known = by_stem([Path(item.name) for item in every], "the data set").keys()
     wanted = {Path(item.name).stem for item in items}
-    for stem in sorted(wanted ^ found.keys()):
+    for stem in sorted((wanted - found.keys()) | (found.keys() - known)):
         raise InputError(f"{folder}: {stem} is {'missing' if stem in wanted else 'not a picture of the data set'}; "
                          "there must be one picture for each, with the same name")
     return found
+
+
+def outputs(files, item, centre_crop=None):
+    """{method: {stem: file}} -> {method: its picture of a data.Item, uint8 (H, W, 3)}, cropped as `inputs` does.
+
+    A picture may be whole or that centre already, as --save leaves it; InputError where its size is neither.
+    """
+    clean = item.read()[0] if files else None
+    images = {}
+    for method, of_stem in files.items():
+        path = of_stem[Path(item.name).stem]
+        image = read_rgb(path)
+        if image.shape not in (clean.shape, centre(clean, centre_crop).shape):
+            raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, its clean picture {clean.shape[1]} x "
+                             f"{clean.shape[0]} pixels; they must be of one size")
+        images[method] = centre(image, centre_crop)
+    return images
 
 
 def measure(lpips, image, clean, patches=False):
@@ -65,9 +122,10 @@ def measure(lpips, image, clean, patches=False):
         height, width = (side // tiling.PATCH for side in image.shape[:2])
         if not height * width:
             raise InputError("--metric-patches needs pictures of at least 256 x 256 pixels; leave it out")
-        x, y = (z.unfold(2, 256, 256).unfold(3, 256, 256)[0].flatten(1, 2).transpose(0, 1).contiguous() for z in (x, y))
-    small = min(x.shape[-2:]) < 96 or max(x.shape[-2:]) < 192  # NIQE needs two blocks of 96 x 96
+        side = tiling.PATCH
+        x, y = (z.unfold(2, side, side).unfold(3, side, side)[0].flatten(1, 2).transpose(0, 1).contiguous() for z in (x, y))
+    blocks = (x.shape[-2] // metrics.BLOCK) * (x.shape[-1] // metrics.BLOCK)
     with torch.no_grad():
         return [lpips(x, y).mean().item() if lpips else np.nan,
-                np.nan if small else metrics.niqe(x).mean().item(),
+                metrics.niqe(x).mean().item() if blocks > 1 else np.nan,  # it compares at least two blocks
                 metrics.psnr(x, y).mean().item(), metrics.ssim(x, y).mean().item()]

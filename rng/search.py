@@ -5,6 +5,7 @@ import torch
 from rng import ddpm, tiling
 from rng.controller import STEPS
 
+BATCH = 16  # patches at a time in r and in LPIPS, the default of ddpm.sample: only bounds the memory
 NOISY_ENOUGH = 0.1  # largest gamma_T: sampling starts from pure noise, which shows as grain where g takes it for signal
 
 
@@ -16,7 +17,7 @@ def search(model, lpips, x, y, ends, details, seed=0):
     steps would start noisier than g was trained, which shifts colours, or with gamma_T above 0.1, which leaves grain.
     Yields (steps, {end: (mean LPIPS, best detail)}, chosen end, its LPIPS (N,)), first for r alone (0, {}, None, ...).
     """
-    y_r = torch.cat([model.reconstruct(part) for part in x.split(16)])
+    y_r = torch.cat([model.reconstruct(part) for part in x.split(BATCH)])              # (N, 3, H, W)
     trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings["train_end"]).gamma[-1]
 
     def noise(key, index):
@@ -24,7 +25,7 @@ def search(model, lpips, x, y, ends, details, seed=0):
 
     @torch.no_grad()
     def of_each(y_hat):
-        return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(16), y.split(16))])
+        return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(BATCH), y.split(BATCH))])  # (N,)
 
     yield 0, {}, None, of_each(y_r)
     for steps in STEPS[1:]:

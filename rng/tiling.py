@@ -36,7 +36,7 @@ def split_band(band):
 
 
 def split(image):
-    """image (C, H, W) -> list of patches (C, h, w), row by row."""
+    """image (C, H, W) -> list of patches (C, h, w), row by row: the plain definition of what split_band does for a row."""
     return [patch for rows in places(image.shape[-2]) for patch in split_band(image[:, rows])]
 
 
@@ -68,7 +68,11 @@ def stitch_rows(rows, width):
 
 
 def stitch(patches, height, width):
-    """List of patches, row by row -> image (C, height, width), the inverse of split."""
+    """List of patches, row by row -> image (C, height, width), the inverse of split.
+
+    The paper's stitching as one plain function, which the tests hold to its rule pixel by pixel; RnG.denoise does the
+    same with stitch_rows, which never holds the whole picture.
+    """
     cols = count(width)
     rows = [patches[start:start + cols] for start in range(0, len(patches), cols)]
     return torch.cat(list(stitch_rows(rows, width)), -2)[:, :height]

@@ -224,7 +224,7 @@ def processes():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for stage in ("recon", "gen"):
-            for count in (1, 2):
+            for count in (1, 2) if HERE.type == "cpu" else {1, torch.cuda.device_count()}:
                 subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                                 "--nproc_per_node", str(count), ROOT / f"train_{stage}.py", "--model", folder, "--preset", "small", "--data", "sample",
                                 "--iterations", "101", "--save-every", "1000", "--seed", str(count)],

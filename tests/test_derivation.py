@@ -14,18 +14,32 @@ TEXT = (Path(__file__).parent.parent / "docs" / "derivation.md").read_text()
 ROWS = re.findall(r"^\| ([\d.]+) \| (paper|posterior) \| (.+) \|$", TEXT, re.MULTILINE)
 
 
+def full(value):
+    return torch.full((1, 1, 1, 1), value)
+
+
+def one_step(s, t, schedule, variance):
+    """c_t and sigma_t of (E) for data N(0, s^2) as ddpm.step has them, with the best possible g, which is linear."""
+    gamma = schedule.gamma[t]
+    eps_hat = full(math.sqrt(1 - gamma) / (gamma * s**2 + 1 - gamma))
+    c = ddpm.step(full(1.0), eps_hat, t, [schedule], full(0.0), variance).item()
+    return c, ddpm.step(full(0.0), full(0.0), t, [schedule], full(1.0), variance).item()
+
+
 def generated_std(s, T, variance):
-    """Standard deviation of what the sampler makes of N(0, s^2) data with the best possible g, which is linear."""
+    """sqrt(u_0) of (E): standard deviation of what the sampler makes of N(0, s^2) data with that g."""
     schedule = ddpm.linear_schedule(T, ddpm.default_end(T))
-    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     u = 1.0
     for t in range(T, 0, -1):
-        gamma = schedule.gamma[t]
-        eps_hat = torch.full_like(one, math.sqrt(1 - gamma) / (gamma * s**2 + 1 - gamma))
-        c = ddpm.step(one, eps_hat, t, [schedule], zero, variance).item()
-        sigma = ddpm.step(zero, zero, t, [schedule], one, variance).item()
+        c, sigma = one_step(s, t, schedule, variance)
         u = c**2 * u + sigma**2
     return math.sqrt(u)
+
+
+def test_every_function_that_the_derivation_names_exists():
+    names = re.findall(r"`ddpm\.(\w+)`", TEXT)
+    assert len(set(names)) >= 7 and all(callable(getattr(ddpm, name)) for name in names)
+    assert all(callable(globals()[name]) for name in re.findall(r"`(test_\w+|generated_\w+)`", TEXT))
 
 
 @pytest.mark.parametrize("s, variance, cells", ROWS)
@@ -38,9 +52,33 @@ def test_the_table_is_there():
     assert len(ROWS) == 8
 
 
-def test_decibels_lost():
-    lost = 10 * math.log10(1 + generated_std(0.03, 20, "paper") ** 2 / 0.03**2)
-    assert f"is {lost:.2f} dB here, and {10 * math.log10(2):.2f} dB for a perfect sampler" in TEXT.replace("\n", " ")
+def test_grain_of_few_steps():
+    for s, variance, cells in ROWS:
+        for T, cell in zip((10, 20, 50, 100), cells.split("|")):
+            if variance == "paper":
+                assert float(cell) == pytest.approx(math.sqrt(float(s) ** 2 + ddpm.default_end(T) / T), rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("variance", ddpm.VARIANCES)
+def test_a_step_of_the_best_network(seed, variance):
+    """(E) as the text writes it, with (B) for the posterior, is what ddpm.step does."""
+    generator = np.random.default_rng(seed)
+    T, s = int(generator.integers(2, 100)), generator.uniform(0.03, 2)
+    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
+    t = int(generator.integers(2, T + 1))
+    alpha, gamma, before = schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1]
+    c = (1 - (1 - alpha) / (gamma * s**2 + 1 - gamma)) / math.sqrt(alpha)
+    sigma2 = 1 - alpha if variance == "paper" else (1 - alpha) * (1 - before) / (1 - gamma)
+    assert one_step(s, t, schedule, variance) == pytest.approx((c, math.sqrt(sigma2)), rel=1e-4, abs=1e-5)
+
+
+def test_worked_example_of_section_6():
+    text, std = TEXT.replace("\n", " "), generated_std(0.03, 20, "paper")
+    assert f"detail of standard deviation {std:.4f}, more than five times the true one" in text and 5 < std / 0.03 < 6
+    lost = 10 * math.log10(1 + std**2 / 0.03**2)
+    assert f"is {lost:.2f} dB here, and {10 * math.log10(2):.2f} dB for a perfect sampler" in text
+    assert f"only {std:.4f} * 0.03 = {std * 0.03:.3f} is left" in text and 0.5 < std * 0.03 * 255 < 1.5
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -53,6 +91,7 @@ def test_posterior_mean_in_two_forms(seed):
     d_0, eps = generator.normal(size=2)
     alpha, gamma, before = schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1]
     d_t = math.sqrt(gamma) * d_0 + math.sqrt(1 - gamma) * eps
+    assert ddpm.estimate(full(d_t), full(eps), torch.tensor([gamma])).item() == pytest.approx(d_0, rel=1e-4, abs=1e-4)
     mean = (math.sqrt(alpha) * (1 - before) * d_t + math.sqrt(before) * (1 - alpha) * d_0) / (1 - gamma)
-    stepped = ddpm.step(*(torch.full((1, 1, 1, 1), value) for value in (d_t, eps)), t, [schedule], torch.zeros(1, 1, 1, 1))
+    stepped = ddpm.step(full(d_t), full(eps), t, [schedule], full(0.0))
     assert stepped.item() == pytest.approx(mean, rel=1e-4, abs=1e-5)

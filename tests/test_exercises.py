@@ -1,6 +1,9 @@
-"""Solutions of two exercises of docs/exercises.md, with no change to rng/."""
+"""Solutions of two exercises of docs/exercises.md, with no change to rng/, and the Python that it prints for the others."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,28 @@ from rng import ddpm
 from rng.controller import STEPS, StepController
 from rng.pipeline import RnG, condition
 from rng.unet import UNet
+
+TEXT = (Path(__file__).parent.parent / "docs" / "exercises.md").read_text()
+START, *SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+WORKS = {  # what the numbers printed must be, by the *It works when* of the exercise
+    2: lambda n: n[2] > n[0] > n[8] and n[2] > n[4] > n[6] and n[8] < n[10] < n[12] and max(n[3::2]) < n[1],
+    3: lambda n: n[0] < 1e-6,
+    5: lambda n: 0.9 < n[0] < 1.1,
+    7: lambda n: max(abs(n[0]), abs(n[2]), abs(n[3])) < 0.02,
+    8: lambda n: n[0] <= n[2] <= n[4] <= n[6],
+}
+
+
+@pytest.mark.parametrize("number, snippet", list(zip(WORKS, SNIPPETS, strict=True)))
+def test_what_a_snippet_prints_is_what_the_text_says(number, snippet, tmp_path, monkeypatch, capsys):
+    scores = np.random.default_rng(0).random((6, len(STEPS)))
+    (tmp_path / "runs" / "few").mkdir(parents=True)
+    (tmp_path / "runs" / "few" / "step_labels.jsonl").write_text(
+        "".join(json.dumps({"lpips": row}) + "\n" for row in scores.tolist()))
+    monkeypatch.chdir(tmp_path)
+    exec(START + snippet, {})
+    printed = re.findall(r"-?\d+\.\d*(?:e-?\d+)?", capsys.readouterr().out)
+    assert WORKS[number]([float(value) for value in printed])
 
 
 class DDIM(RnG):

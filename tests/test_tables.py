@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from torch import nn
 import evaluate
 import train_gen
 import train_recon
-from rng import checkpoint, figures, panels, scoring
+from rng import checkpoint, data, figures, metrics, panels, scoring
 from rng.controller import StepController
+from rng.errors import InputError
 from rng.images import read_rgb
 from rng.nafnet import NAFNet
+from rng.pipeline import RnG
 from rng.unet import UNet
 
 
@@ -41,18 +44,33 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, tmp_path, monkeypatch, capsys):
-    """evaluate.py with these options -> (exit code, rows of the table as lists of cells, stderr)."""
+def evaluated(world, tmp_path, monkeypatch, capsys):
+    """evaluate.py with these options -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*options):
+    def evaluated(*options):
         code = evaluate.main([str(option) for option in (
             "--model", world / "model", "--data", "images", "--root", world / "pictures", "--device", "cpu",
             "--precision", "float32", "--lpips-backbone", world / "alexnet.npz", "--steps", 2, *options)])
-        out, err = capsys.readouterr()
+        return code, *capsys.readouterr()
+    return evaluated
+
+
+@pytest.fixture
+def run(evaluated):
+    """evaluate.py with these options -> (exit code, rows of the table as lists of cells, stderr)."""
+
+    def run(*options):
+        code, out, err = evaluated(*options)
         return code, [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
                       if line.startswith("|")][2:], err
     return run
+
+
+@pytest.fixture
+def other(world, tmp_path):
+    """A folder of another method's pictures: those of the data set."""
+    return shutil.copytree(world / "pictures", tmp_path / "other")
 
 
 def test_saved_pictures_scored_as_outputs_give_the_same_row(run, tmp_path):
@@ -71,21 +89,99 @@ def test_saved_pictures_scored_as_outputs_give_the_same_row(run, tmp_path):
     (lambda folder: (folder / "p1.png").rename(folder / "q.png"), "p1 is missing"),
     (lambda folder: Image.new("RGB", (9, 9)).save(folder / "extra.png"), "extra is not a picture of the data set"),
     (lambda folder: Image.new("RGB", (9, 9)).save(folder / "p0.png"), "must be of one size"),
+    (lambda folder: Image.new("RGB", (9, 9)).save(folder / "p0.jpg"), "p0.jpg and p0.png differ only in their ending"),
     (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), "is missing")])
-def test_outputs_that_do_not_match(damage, sentence, run, world, tmp_path):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    for path in (world / "pictures").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    damage(folder)
-    code, rows, err = run("--sigma", 25, "--outputs", f"other={folder}")
+@pytest.mark.parametrize("options", [(), ("--figures", "figures")])
+def test_outputs_that_do_not_match(options, damage, sentence, run, other):
+    damage(other)
+    code, rows, err = run("--sigma", 25, "--outputs", f"other={other}", *options)
     assert code == 2 and not rows and sentence in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["restormer", "=x", "name="])
-def test_outputs_need_a_name_and_a_folder(option, run):
-    with pytest.raises(SystemExit):
-        run("--outputs", option)
+@pytest.mark.parametrize("options", [
+    "restormer", "=x", "name=", "copy=a copy=b", "ground truth=x", "noisy input=x", "r alone=x", "RnG=x", "RnG, detail 1=x",
+    "20 steps=x", "LDM 200 steps=x", "LDM 200 steps, eta 0=x", "mean=x", "best of these counts for each picture=x",
+    "../other=x", "a/b=x", "a\\b=x", "/=x", ".=x", "..=x"])
+def test_names_of_other_methods_that_cannot_be_rows_and_folders(options, run, tmp_path):
+    options = options.split() if options.startswith("copy") else [options]
+    code, rows, err = run("--save", "saved", "--outputs", *options)
+    assert code == 2 and not rows and "--outputs" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["perceptual", "generative", "LDM-200", "r alone, wider", "steps", "my RnG", "PDASR v1.2"])
+def test_other_names_of_other_methods_are_rows(name):
+    assert scoring.named_folders([f"{name}=results/clean/100 steps", "b=c=d"]) == {
+        name: Path("results/clean/100 steps"), "b": Path("c=d")}
+
+
+@pytest.mark.parametrize("option", ["--save", "--outputs", None])
+def test_pictures_of_one_stem_cannot_be_saved_or_compared(option, run, world, tmp_path, other):
+    pictures = shutil.copytree(world / "pictures", tmp_path / "pictures")
+    Image.open(pictures / "p1.png").save(pictures / "p1.jpg")
+    values = {"--save": ["saved"], "--outputs": [f"other={other}"], None: []}[option]
+    code, _, err = run("--sigma", 25, "--root", pictures, *filter(None, [option]), *values)
+    assert code == (2 if option else 0) and ("p1.jpg and p1.png differ only in their ending" in err) == bool(option)
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("size", [(198, 100), (200, 98), (300, 200), (64, 60)])
+def test_sizes_are_compared_before_the_centre_is_cut(size, run, other):
+    _, rows, _ = run("--sigma", 25, "--centre-crop", 64, "--outputs", f"other={other}")
+    assert {row[1]: row[2:] for row in rows}["other"][0] == "0.0000"
+    Image.new("RGB", size).save(other / "p1.png")
+    code, rows, err = run("--sigma", 25, "--centre-crop", 64, "--outputs", f"other={other}")
+    assert code == 2 and not rows and "{} x {}, its clean picture 200 x 100".format(*size) in err
+
+
+def test_centres_that_were_saved_can_be_scored_again(run, tmp_path):
+    _, first, _ = run("--sigma", 25, "--centre-crop", 64, "--save", "saved")
+    _, rows, _ = run("--sigma", 25, "--centre-crop", 64, "--outputs", f"again={tmp_path / 'saved' / 'r alone'}")
+    assert rows[-1][1] == "again" and rows[-1][2:6] == next(row[2:6] for row in first if row[1] == "r alone")
+
+
+def test_outputs_for_the_whole_set_do_for_a_part_of_it(run, other):
+    code, rows, _ = run("--sigma", 25, "--limit", 1, "--outputs", f"other={other}")
+    assert code == 0 and rows[-1][:3] == ["25.0", "other", "0.0000"]
+    (other / "p1.png").unlink()
+    assert run("--sigma", 25, "--limit", 1, "--outputs", f"other={other}")[:2] == (code, rows)
+    shutil.copy(other / "p0.png", other / "q.png")
+    code, _, err = run("--sigma", 25, "--limit", 1, "--outputs", f"other={other}")
+    assert code == 2 and "q is not a picture of the data set" in err
+
+
+@pytest.mark.parametrize("options", [(), ("--figures", "figures"), ("--search-schedule",)])
+@pytest.mark.parametrize("side", [1, 10, 16, 30])
+def test_pictures_too_small_to_score_are_one_sentence(side, options, run):
+    code, rows, err = run("--sigma", 25, "--centre-crop", side, *options)
+    assert code == 2 and not rows and f"p0.png: {side} x {side} pixels" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pictures_are_scored_from_31_pixels_and_by_niqe_from_two_blocks(seed, world):
+    generator = np.random.default_rng(seed)
+    height, width = generator.integers(*((25, 37) if seed % 2 else (90, 200)), 2)
+    image = generator.integers(0, 256, (height, width, 3), np.uint8)
+    item = data.Item("a.png", image)
+    if min(height, width) < 31:
+        with pytest.raises(InputError, match=f"{width} x {height} pixels are too few"):
+            scoring.inputs(item, 25)
+        return
+    clean, noisy = scoring.inputs(item, 25, clip_noisy=True)
+    lpips, niqe, psnr, ssim = scoring.measure(metrics.LPIPS(world / "alexnet.npz"), noisy, clean)
+    assert np.isfinite([lpips, psnr, ssim]).all() and np.isfinite(niqe) == ((height // 96) * (width // 96) >= 2)
+
+
+def test_small_pictures_have_figures_too(run, recwarn):
+    assert run("--sigma", 25, "--centre-crop", 31, "--figures", "figures")[0] == 0 and not recwarn.list
+
+
+@pytest.mark.parametrize("chosen, nearest", [(0, 1), (1, 1), (2, 1), (3, 4), (4, 4), (9, 4)])
+@pytest.mark.parametrize("options", ["--sigma 25", "--sigma 25 50 --detail 0.5 1"])
+def test_the_fixed_count_nearest_to_the_controllers_mean(options, chosen, nearest, evaluated, monkeypatch):
+    monkeypatch.setattr(RnG, "predict_steps", lambda self, x: [chosen] * len(x))
+    _, out, _ = evaluated(*options.split(), "--centre-crop", 32, "--steps", 4, 1)
+    assert out.splitlines()[-1] == f"The fixed count nearest to RnG's mean of {chosen:.1f} steps: {nearest} steps."
+    assert "nearest" not in evaluated(*options.split(), "--centre-crop", 32, "--steps")[1]
 
 
 def test_a_row_for_each_detail(run):
@@ -111,6 +207,21 @@ def test_the_plane_without_lpips_is_refused(run, world, monkeypatch):
     monkeypatch.setattr(scoring.metrics, "load_lpips", lambda *_: None)
     code, _, err = run("--sigma", 25, "--plot", "plane.png")
     assert code == 2 and "--lpips-backbone" in err
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("detail", [0.25, 0.75, 1, 1.25, 2])
+def test_every_d_0_of_fig_5_has_the_scale_of_the_sum(detail, seed, world, monkeypatch):
+    """At t = 1 Eq. 3 is the estimate, so that the last one, amplified, is what the sum adds to r(x)."""
+    monkeypatch.setattr(panels, "shown", lambda y, text: (text, y))
+    model = RnG.load(world / "model", "cpu", "float32")
+    model.details[3] = detail
+    clean, noisy = scoring.inputs(data.Item("p0", world / "pictures" / "p0.png"), 25, 48)
+    shown = dict(panel for row in panels.residual_rows(model, clean, noisy, seed, 3, (3, 1)) for panel in row
+                 if isinstance(panel, tuple))
+    d_0 = shown["r(x) + d_0"] - shown["r(x)"]
+    torch.testing.assert_close(shown["d_0 as seen at t = 1"], (0.5 + panels.AMPLIFY * d_0).clamp(0, 1), atol=1e-5, rtol=0)
+    assert d_0.std() > 0.01
 
 
 @pytest.mark.parametrize("seed", range(40))
