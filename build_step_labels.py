@@ -5,11 +5,13 @@
 
 Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped. Under torchrun each
 process makes its share of the patches, on a GPU of its own; those after the first write MODEL/step_labels.N.jsonl.
+A picture that cannot be read is named at the end; the patches of the others are made.
 """
 
 import argparse
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +49,27 @@ def main(argv=None):
     mix = crops.NoiseMix(args.sigma, args.camera, args.clip_noisy)
     folder, rank = find_folder(args.model), distributed.rank()
     path = folder / (f"step_labels.{rank}.jsonl" if rank else "step_labels.jsonl")
+    options = labels.fingerprint([args.data, (weights / weights.sum()).tolist(), args.sigma, args.camera, args.clip_noisy,
+                                  args.size, counts, args.seed])
+    found = labels.read(folder)
+    if any(label.get("options", options) != options for label in found):  # labels of old had no such field
+        raise InputError(f"{folder} holds labels of another --data, --weight, --sigma, --camera, --clip-noisy, --size, --counts "
+                         "or --seed; give the same ones, remove step_labels*.jsonl, or name another --model folder")
     labels.drop_torn_line(path)
-    done = {label["n"] for label in labels.read(folder)}
-    made_with = checkpoint.made_with(folder)
+    done = {label["n"] for label in found}
+    made_with = {**checkpoint.made_with(folder), "options": options}
     mine = range(rank, args.patches, distributed.world_size())
     todo = [n for n in mine if n not in done]
-    started = time.time()
+    started, failures = time.time(), []
     for place, n in enumerate(todo):
         generator = np.random.default_rng([args.seed, crops.LABELS, n])
         chosen = int(generator.choice(len(sets), p=weights / weights.sum()))
         item = sets[chosen][generator.integers(len(sets[chosen]))]
-        clean, noisy = item.read()
+        try:
+            clean, noisy = item.read()
+        except InputError as error:
+            failures.append(str(error))
+            continue
         top, left = crops.random_place(clean, args.size, generator)
         sigma, clip = mix.draw(generator) if noisy is None else (None, False)
         label = {"n": n, "set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma,
@@ -67,9 +79,12 @@ def main(argv=None):
         labels.append(path, label)
         missing = len(todo) - place - 1
         rate = (place + 1) / (time.time() - started)
-        remaining = time.strftime("%H:%M:%S", time.gmtime(missing / rate))
+        remaining = timedelta(seconds=round(missing / rate))
         print(f"patch {len(mine) - missing}/{len(mine)}  {rate:.2f} patches/s  left {remaining}",
               end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+    distributed.wait_for_all()
+    if failures:
+        raise InputError(f"{len(failures)} of the patches are not labelled: {'; '.join(dict.fromkeys(failures))}")
     return 0
 
 

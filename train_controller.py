@@ -37,13 +37,15 @@ def main(argv=None):
     parser.add_argument("--step-cost", type=number(float, 0), default=0.0,
                         help="LPIPS that ten more steps must gain to be worth their time; not in the paper (default: 0)")
     parser.add_argument("--holdout", type=number(float, 0, 1), default=0.2,
-                        help="share of the labels kept for validation (default: 0.2)")
+                        help="share of the labels kept for validation, in whole pictures (default: 0.2)")
     args = training.parse(parser, PRESETS, argv)
 
-    patches, scores = labelled_patches(args)                                       # (M, 3, P, P) float16, (M, 11)
-    held_out = max(1, round(len(patches) * args.holdout))
-    if held_out >= len(patches):
-        raise InputError(f"{len(patches)} labels are too few to train on; run build_step_labels.py with more --patches")
+    found, held_out = held_out_first(labels.read(args.model), args.holdout)
+    args.label_set = f"{len(found)} labels, hash {labels.fingerprint(found)}"      # a setting: other labels are no resuming
+    patches, scores = labelled_patches(args, found)                                # (M, 3, P, P) float16, (M, 11)
+    if held_out == len(found):
+        raise InputError(f"the pictures of {len(found)} labels are too few to train on some and hold out others; "
+                         "run build_step_labels.py with more --patches or pictures, or give a smaller --holdout")
     costs = scores + args.step_cost / 10 * torch.tensor(STEPS)
     best = costs.argmin(dim=1)                                                     # ties go to the smaller step
     target = (costs / -args.temperature).softmax(dim=1) if args.temperature else F.one_hot(best, len(STEPS)).float()
@@ -60,8 +62,8 @@ def main(argv=None):
 
     def validate(networks):
         """Accuracy, and the LPIPS reached by the predicted steps beside the best fixed count's and the oracle's."""
-        x = patches[:held_out].float().split(args.batch)
-        steps = torch.cat([networks["controller"].predict_steps(some.to(run.device)).cpu() for some in x])
+        x = patches[:held_out].split(args.batch)
+        steps = torch.cat([networks["controller"].predict_steps(some.to(run.device).float()).cpu() for some in x])
         classes = torch.tensor([STEPS.index(step) for step in steps.tolist()])
         fixed = scores[held_out:].mean(dim=0).argmin()                             # chosen on the training patches
         return {
@@ -87,24 +89,33 @@ def main(argv=None):
     return 0
 
 
-def labelled_patches(args):
+def held_out_first(found, share):
+    """Labels -> (the same, picture by picture as they first occur; how many are held out: whole pictures, about `share`)."""
+    pictures = {}
+    for label in found:
+        pictures.setdefault((label["set"], label["image"]), []).append(label)
+    ends = np.cumsum([len(of_one) for of_one in pictures.values()]).tolist()
+    return sum(pictures.values(), []), min(ends, key=lambda end: abs(end - share * len(found)), default=0)
+
+
+def labelled_patches(args, found):
     """-> noisy patches (M, 3, P, P) float16, made again from their labels, and their LPIPS (M, 11), inf where not tried."""
-    found = labels.read(args.model)
-    if len({(label["size"], len(label["lpips"])) for label in found}) != 1:
+    sizes = {label["size"] for label in found}
+    if len(sizes) != 1:
         raise InputError(f"{args.model} holds no step_labels.jsonl, or patches of several sizes; "
                          "run build_step_labels.py with one --size")
+    [size] = sizes
     sets, _ = data.training_items(args, 0)
     items = {(place, item.name): item for place, some in enumerate(sets) for item in some}
-    patches, opened = [None] * len(found), None
-    for i in sorted(range(len(found)), key=lambda i: (found[i]["set"], found[i]["image"])):  # each picture is decoded once
-        name = found[i]["set"], found[i]["image"]
+    patches, opened = torch.empty(len(found), 3, size, size, dtype=torch.float16), None
+    for i, label in enumerate(found):
+        name = label["set"], label["image"]
         if name not in items:
             raise InputError(f"step_labels.jsonl names the picture {name[1]}, not found; give the labels' own --data and --root")
         if name != opened:
             opened, pictures = name, items[name].read()
-        patches[i] = labels.patch(*pictures, found[i])[0].half()
-    return torch.stack(patches), torch.tensor(
-        [[math.inf if value is None else value for value in label["lpips"]] for label in found])
+        patches[i] = labels.patch(*pictures, label)[0]
+    return patches, torch.tensor([[math.inf if value is None else value for value in label["lpips"]] for label in found])
 
 
 if __name__ == "__main__":

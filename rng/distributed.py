@@ -1,6 +1,7 @@
 """Several processes under torchrun, which share each batch of a training; alone, nothing here does anything."""
 
 import atexit
+import datetime
 import gc
 import os
 
@@ -40,6 +41,14 @@ def _leave():
     """Frees the replicas, then the group they hold: its threads, left running, can abort a process that ends."""
     gc.collect()
     distributed.destroy_process_group()
+
+
+def wait_for_all():
+    """Returns when every process has come here: torchrun ends all of them where one ends with an error."""
+    if world_size() > 1:
+        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def mean(values, device):

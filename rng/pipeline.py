@@ -14,7 +14,7 @@ from rng.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 PEAK = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
-BATCH = {"cpu": 4, "mps": 8, "cuda": 64}  # patches per network call; constant, for the same bytes at every run
+BATCH = {"cpu": 4, "cuda": 64}  # patches per network call; constant, for the same bytes at every run
 
 
 class Parts(NamedTuple):
@@ -43,8 +43,8 @@ def load_schedule(path, gen):
         ends, details = ({int(steps): float(value) for steps, value in part.items()}
                          for part in (content["end"], content.get("detail", {})))
         searched_with, variance = content.get("gen", gen), content.get("variance", "paper")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged; run evaluate.py --search-schedule again") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path} is damaged; remove it and run evaluate.py --search-schedule again") from error
     if searched_with != gen:
         raise InputError(f"{path} was searched with another gen.pt; run evaluate.py --search-schedule again")
     if any(steps < 1 or not ddpm.BETA_1 <= end < 1 for steps, end in ends.items()):
@@ -165,8 +165,8 @@ class RnG:
 
         image: numpy (H, W, 3), RGB, uint8, uint16 or float32 in [0, 1] (noise may leave that range).
         steps: "auto" asks s for each patch; N takes N steps everywhere, 0 gives r(x).
-        seed: of the generated detail; detail: scales d_0 further, from 0 (r alone) to 1, the user's dial along the
-        perception-distortion curve; batch: patches per network call, default a constant per device.
+        seed: of the generated detail; detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2, the user's
+        dial along the perception-distortion curve; batch: patches per network call, default a constant per device.
         progress: called with the share of the work done, 0 to 1.
         Returns the picture, shape and dtype of `image`, in range; with parts=True a Parts, with parts="steps" one
         without r(x) and the residual, which take 9 bytes a pixel.
@@ -180,8 +180,11 @@ class RnG:
         out = np.empty_like(image)
         recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts is True else (None, None)
         steps = steps if detail else 0  # r alone needs neither s nor g
-        batch = batch or BATCH[self.device.type]
-        step_map = self._step_map(image, grid, batch) if steps == "auto" else np.full(grid, steps)
+        batch = batch or BATCH.get(self.device.type, BATCH["cpu"])
+        if steps == "auto":
+            step_map, batch = as_fits(lambda batch: self._step_map(image, grid, batch), batch)
+        else:
+            step_map = np.full(grid, steps)
         rows = self._denoised_rows(image, step_map, seed, detail, batch, progress)
         top = 0
         for band in tiling.stitch_rows(rows, width):                                  # (9, h, W)

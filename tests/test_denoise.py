@@ -4,12 +4,14 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import ExifTags, Image
 from skimage.filters import gaussian
 
@@ -242,6 +244,15 @@ def test_a_folder_resumes_where_it_was_stopped(model, capsys):
     assert run("in", "in", "--resume", "--overwrite") == 2 and "one of them" in capsys.readouterr().err
 
 
+def test_a_name_that_is_not_utf_8_does_not_stop_a_folder(capsys):
+    os.makedirs("in")
+    names = [os.fsdecode(b"caf\xe9.png"), "other.png"]
+    for name in names:
+        save(f"in/{name}")
+    assert run("in", "out") == 0 and files("out") == sorted(names)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["caf?.png", "other.png"]
+
+
 def test_empty_folder(capsys):
     os.makedirs("in")
     assert run("in", "out") == 2
@@ -352,9 +363,19 @@ def test_failure_of_the_model_is_said_once(model, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: this model has no controller\n" and files("out") == []
 
 
+def png(width, height, depth, rows):
+    """An RGB PNG file; rows: its uncompressed data, each row after a zero byte."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+
+
 def any_picture(generator):
     """A picture file of a random kind, size and format -> (extension, bytes)."""
-    height, width = [(20, 30), (1, 1), (1, 500), (700, 3), (40, 40)][generator.integers(5)]
+    sizes = [(20, 30), (1, 1), (1, 500), (700, 3), (40, 40), (1, 5000), (5000, 1), (10, 40_000)]
+    height, width = sizes[generator.integers(len(sizes))]
     grey = generator.integers(0, 256, (height, width), np.uint8)
     colour = generator.integers(0, 256, (height, width, 3), np.uint8)
     kinds = {
@@ -366,17 +387,25 @@ def any_picture(generator):
         "CMYK": [Image.fromarray(colour).convert("CMYK")],
         "float": [Image.fromarray(np.where(grey > 9, grey / 255, np.nan).astype(np.float32))],
         "animated": [Image.fromarray(colour), Image.fromarray(255 - colour)],
+        "16-bit colour": [],
     }
-    first, *rest = kinds[list(kinds)[generator.integers(len(kinds))]]
+    first, *rest = kinds[list(kinds)[generator.integers(len(kinds))]] or [None]
     extension, kind = [(".png", "PNG"), (".jpg", "JPEG"), (".tif", "TIFF"), (".webp", "WEBP")][generator.integers(4)]
+    if first is None:
+        deep = generator.integers(0, 65536, (height, width, 3), np.uint16)
+        if kind == "TIFF":
+            tifffile.imwrite(file := io.BytesIO(), deep, photometric="rgb")
+            return extension, bytearray(file.getvalue())
+        rows = np.pad(deep.astype(">u2").view(np.uint8).reshape(height, -1), ((0, 0), (1, 0)))
+        return ".png", bytearray(png(width, height, 16, rows.tobytes()))
     options = {"save_all": True, "append_images": rest} if rest and kind != "JPEG" else {}
     if first.mode == "P" and kind == "PNG":
         options["transparency"] = 3
     file = io.BytesIO()
     try:
         first.save(file, kind, **options)
-    except (OSError, ValueError):  # this format does not know this kind
-        first.convert("RGB").save(file, kind)
+    except (OSError, ValueError, RuntimeError):  # this format does not know this kind, or this size
+        first.convert("RGB").crop((0, 0, min(width, 16383), height)).save(file, kind)
     if generator.random() < 0.1:
         extension = [".png", ".jpg", ".tif", ".webp"][generator.integers(4)]
     return extension, bytearray(file.getvalue())
@@ -407,11 +436,22 @@ def test_fuzz_result_or_one_sentence(seed, capsys):
 @pytest.mark.parametrize("width, height", [(20_000, 20_000), (2 ** 31 - 1, 2 ** 31 - 1), (100_001, 1_000)])
 def test_a_decompression_bomb_is_refused_unopened(width, height, capsys):
     """A few bytes that claim hundreds of megapixels."""
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    with open("bomb.png", "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    Path("bomb.png").write_bytes(png(width, height, 8, bytes(1000)))
     assert run("bomb.png", "out.png") == 2
     assert re.fullmatch("error: [^\n]*\n", capsys.readouterr().err) and files() == ["bomb.png"]
+
+
+def test_extreme_pictures_take_less_than_2_gb():
+    """r alone on a folder: 100 megapixels that the file does not hold, and a strip of 40,000 x 10."""
+    os.makedirs("in")
+    Path("in/hollow.png").write_bytes(png(10_000, 9_999, 8, bytes(1000)))
+    Path("in/strip.png").write_bytes(png(40_000, 10, 8, bytes(10 * 120_001)))
+    process = subprocess.Popen([sys.executable, denoise.__file__, "in", "out", "--steps", "0", "--device", "cpu"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    err = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stderr.close()
+    assert process.returncode == 2 and re.fullmatch("error: [^\n]*hollow.png[^\n]*\n", err)
+    assert files("out") == ["strip.png"] and Image.open("out/strip.png").size == (40_000, 10)
+    assert usage.ru_maxrss < 2 * 2 ** 20  # in kilobytes

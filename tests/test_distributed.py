@@ -1,6 +1,8 @@
 """Two processes under torchrun train and label as one does."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from torch import nn
 import build_step_labels
 import train_gen
 import train_recon
-from rng import checkpoint, crops, data
+from rng import checkpoint, crops, data, labels
 from rng.nafnet import NAFNet
 from rng.unet import UNet
 
@@ -24,10 +26,12 @@ OPTIONS = {"train_recon": [*COMMON.split(), *"--width 4 --enc 1 --middle 1 --dec
            "build_step_labels": "--patches 5 --size 64 --sigma 25 --device cpu --precision float32".split()}
 SCRIPTS = {"train_recon": train_recon, "train_gen": train_gen, "build_step_labels": build_step_labels}
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Pictures, a backbone, and two equal folders of tiny r and g."""
+    """Pictures, a backbone, and equal folders of tiny r and g."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "pictures").mkdir()
     for n in range(4):
@@ -38,7 +42,7 @@ def world(tmp_path_factory):
     r, g = NAFNet(4, [1], 1, [1]), UNet(4, [1, 2], 1)
     nn.init.normal_(g.ending.weight, std=0.05)
     settings = {"condition": "noisy", "target": "residual", "residual_scale": 8.0, "recon": checkpoint.fingerprint(r)}
-    for name in ("alone", "together"):
+    for name in ("alone", "together", "unreadable"):
         (folder / name).mkdir()
         checkpoint.save_weights(folder / name / "recon.pt", "recon", r.config, r, {})
         checkpoint.save_weights(folder / name / "gen.pt", "gen", {"unet": g.config, **settings}, g, {})
@@ -50,8 +54,7 @@ def run_both(world, script):
     options = ["--data", "images", "--root", str(world / "pictures"), "--lpips-backbone", str(world / "alexnet.npz"),
                *OPTIONS[script]]
     assert SCRIPTS[script].main(["--model", str(world / "alone"), *options]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, SCRIPTS[script].__file__, "--model", str(world / "together"), *options],
+    done = subprocess.run([*TORCHRUN, SCRIPTS[script].__file__, "--model", str(world / "together"), *options],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -71,6 +74,24 @@ def test_two_processes_do_the_work_of_one(script, world):
         assert [line["iteration"] for line in together] == [1, 2, 3]
         for key in ("loss", "psnr"):
             assert [line[key] for line in together] == pytest.approx([line[key] for line in alone], rel=1e-4)
+
+
+def test_a_picture_that_cannot_be_read_stops_no_process(world):
+    """Both make the labels of the other pictures, the one that fails does not end the other, and the exit code says so."""
+    def image_of(n):
+        generator = np.random.default_rng([0, crops.LABELS, n])
+        generator.choice(1, p=[1])
+        return f"{generator.integers(4)}.png"
+
+    folder, images = world / "unreadable", [image_of(n) for n in range(5)]
+    bad = images[1]  # of the second process, which has less to do
+    pictures = shutil.copytree(world / "pictures", folder / "pictures")
+    (pictures / bad).write_bytes(b"no picture")
+    done = subprocess.run([*TORCHRUN, build_step_labels.__file__, "--model", folder, "--data", "images", "--root", pictures,
+                           "--lpips-backbone", world / "alexnet.npz", *OPTIONS["build_step_labels"]],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and re.search(f"error: . of the patches are not labelled: .*{bad}", done.stderr)
+    assert [label["n"] for label in labels.read(folder)] == [n for n in range(5) if images[n] != bad]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -371,6 +372,12 @@ def test_model_is_found_by_name_but_a_path_wins(folder, copy, monkeypatch):
     assert model.denoise(random_image(9, 9), steps=0).shape == (9, 9, 3)
 
 
+def test_a_unet_that_wants_a_noise_level_is_no_r(copy):
+    g = tiny_networks()[1]
+    checkpoint.save_weights(copy / "recon.pt", "recon", g.config, g, {})
+    assert_refused(copy, "recon.pt")
+
+
 def assert_refused(folder, mention=""):
     with pytest.raises(InputError, match=mention) as refusal:
         RnG.load(folder, "cpu")
@@ -403,6 +410,35 @@ def test_damaged_weights(copy, name, damage):
     assert_refused(copy, name)
 
 
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("name", ["recon.pt", "gen.pt", "controller.pt"])
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RNG_FUZZ", 200)) // 8))
+def test_a_flipped_bit_of_a_weight_file(copy, seed, name, old_format):
+    """Refused in one sentence, or a result; the old format, that of many NAFNet checkpoints, has no checksums."""
+    random = np.random.default_rng([seed, len(name), old_format])
+    if old_format:
+        torch.save(torch.load(copy / name, weights_only=True), copy / name, _use_new_zipfile_serialization=False)
+    content = bytearray((copy / name).read_bytes())
+    content[random.integers(len(content))] ^= 1 << random.integers(8)
+    (copy / name).write_bytes(content)
+    try:
+        model = RnG.load(copy, "cpu", "float32")
+    except InputError as error:
+        assert name in str(error) and "\n" not in str(error)
+    else:
+        assert model.denoise(random_image(20, 20, np.uint8), steps=2).shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize("name", ["recon.pt", "gen.pt", "controller.pt"])
+def test_a_flipped_bit_of_a_weight_is_told(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    tensors = torch.load(copy / name, weights_only=True)["state_dict"].values()
+    place = content.index(max(tensors, key=torch.numel).numpy().tobytes())
+    content[place] ^= 1
+    (copy / name).write_bytes(content)
+    assert_refused(copy, name)
+
+
 class RunsCode:
     def __init__(self, path):
         self.path = path
@@ -424,20 +460,66 @@ def test_wrong_kind(copy, name, other):
     assert_refused(copy, f"{name} holds a network of kind '{other[:-3]}'")
 
 
-@pytest.mark.parametrize("content", [
-    [1, 2], {"kind": "recon"}, {"params": {}}, {"params": 3}, {"params": {"intro.weight": torch.zeros(4, 3, 3, 3)}},
-    {"kind": "recon", "config": {}, "state_dict": {}, "info": {}},
-    {"kind": "recon", "config": {"arch": "nafnet", "depth": 3}, "state_dict": {}, "info": {}},
-    {"kind": "recon", "config": {"arch": "nafnet", "width": 4}, "state_dict": {}, "info": {}},
-    {"kind": "recon", "config": {"arch": "nafnet", "width": 4}, "state_dict": None, "info": {}}], ids=range(9))
+INTRO = torch.zeros(4, 3, 3, 3)
+CONTENTS = [
+    [1, 2], {"kind": "recon"}, {"params": {}}, {"params": 3}, {"params": {"intro.weight": INTRO}}, {"params": {3: INTRO}},
+    {"params": {"intro.weight": 4}}, {"params": {"intro.weight": torch.zeros(())}}, {"params": {"intro.weight": "text"}},
+    {"params": {"intro.weight": INTRO, "downs.x.weight": INTRO}}, {"params": {"intro.weight": INTRO, "middle_blks.": 3}},
+    {"kind": torch.zeros(2), "config": {}, "state_dict": {}, "info": {}},
+    {"kind": "recon", "config": {}, "state_dict": {}, "info": 3},
+    *({"kind": "recon", "config": config, "state_dict": {}, "info": {}} for config in (
+        {}, {"arch": "nafnet", "depth": 3}, {"arch": "nafnet", "width": 4}, {"width": "4"}, {"width": -4},
+        {"width": 10 ** 5}, {"width": 10 ** 30}, {"enc": 3}, {"dec": [None]}, {3: 4}, {"arch": "unet", "multipliers": []})),
+    *({"kind": "recon", "config": {"arch": "nafnet", "width": 4}, "state_dict": state_dict, "info": {}} for state_dict in (
+        None, [], {3: INTRO}, {"intro.weight": 3}))]
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
 def test_other_contents(copy, content):
     torch.save(content, copy / "recon.pt")
     assert_refused(copy, "recon.pt")
 
 
+@pytest.mark.parametrize("key, value", [
+    *(("condition", value) for value in ("foo", None, 3, ["noisy"], "both")), *(("target", value) for value in ("foo", None, {})),
+    *(("residual_scale", value) for value in (0, -1.0, math.nan, math.inf, "8", None, [8.0], True, 10 ** 400)),
+    *(("train_end", value) for value in (0, 1, math.nan, "0.01", None)), ("recon", 3), ("recon", []), ("further", 1),
+    *(("unet", value) for value in (None, 3, [], {})),
+    *(("unet", {"base": 4, "multipliers": [1, 2], "blocks": 1, "conditions": 1, **change}) for change in (
+        {"multipliers": []}, {"multipliers": 3}, {"multipliers": "12"}, {"base": "4"}, {"base": 4.0}, {"base": 10 ** 5},
+        {"blocks": 0}, {"blocks": None}, {"conditions": 2}, {"noise": 1}))], ids=lambda part: repr(part)[:30])
+def test_settings_of_g_that_are_none(copy, key, value):
+    content = torch.load(copy / "gen.pt", weights_only=True)
+    content["config"][key] = value
+    torch.save(content, copy / "gen.pt")
+    assert_refused(copy, "gen.pt")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["recon.pt", "gen.pt", "controller.pt"])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_that_are_not_finite(copy, name, value, seed):
+    """One weight of any tensor; a NaN that r or g met would make a black picture."""
+    content, random = torch.load(copy / name, weights_only=True), np.random.default_rng(seed)
+    tensors = [tensor for tensor in content["state_dict"].values() if tensor.is_floating_point()]
+    tensor = tensors[random.integers(len(tensors))].view(-1)
+    tensor[random.integers(len(tensor))] = value
+    torch.save(content, copy / name)
+    assert_refused(copy, f"{name} has weights that are not finite")
+
+
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"end": 3}', '{"end": [1]}', '{"end": {"ten": 0.5}}',
                                   '{"end": {"10": "high"}}', '{"end": {"10": null}}', '{"end": {"10": 1.5}}',
-                                  '{"end": {"10": NaN}}', '{"end": {"0": 0.5}}', '{"end": {"10": 0}}', "\u00ff"])
+                                  '{"end": {"10": NaN}}', '{"end": {"0": 0.5}}', '{"end": {"10": 0}}', "\u00ff",
+                                  '{"end": {"10": 1e999}}', '{"end": {"10": 1%s}}' % ("0" * 400), '{"end": {"1e2": 0.5}}',
+                                  '{"end": {}, "detail": {"10": -Infinity}}', '{"end": {}, "variance": []}',
+                                  "[" * 100_000, '{"end": ' * 100_000], ids=lambda text: text[:30])
 def test_malformed_schedule(copy, text):
     (copy / "schedule.json").write_text(text, encoding="latin-1")
+    assert_refused(copy, "schedule.json")
+
+
+def test_a_folder_in_place_of_the_schedule(copy):
+    (copy / "schedule.json").unlink()
+    (copy / "schedule.json").mkdir()
     assert_refused(copy, "schedule.json")

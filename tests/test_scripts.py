@@ -27,6 +27,7 @@ import train_gen
 import train_recon
 from rng import checkpoint, ddpm, labels, pipeline
 from rng.controller import STEPS
+from rng.errors import InputError
 from rng.images import read_rgb
 from rng.pipeline import RnG
 
@@ -240,7 +241,8 @@ def test_denoise(chain, tmp_path):
 @pytest.fixture
 def label(chain, model, monkeypatch):
     """label(patches, *options) -> Result of build_step_labels.py on few and small step counts."""
-    monkeypatch.setattr(build_step_labels, "STEPS", (0, 1, 2))
+    for module in (build_step_labels, labels):
+        monkeypatch.setattr(module, "STEPS", (0, 1, 2))
 
     def label(patches, *options):
         return call(build_step_labels, "--model", model, "--data", "images", "--root", chain.pictures, *LABELS,
@@ -290,7 +292,7 @@ def test_fewer_counts_are_the_same_values_and_the_only_choices(chain, label, mod
         assert one is None and few["best"] == (0 if zero <= two else 2)
         np.testing.assert_allclose([zero, two], full["lpips"][::2], rtol=1e-3)
     args = argparse.Namespace(model=model, data=["images"], root=[str(chain.pictures)])
-    assert train_controller.labelled_patches(args)[1].isinf().sum(dim=0).tolist() == [0, 6, 0]
+    assert train_controller.labelled_patches(args, labels_of(model))[1].isinf().sum(dim=0).tolist() == [0, 6, 0]
 
 
 @pytest.mark.parametrize("noise", [
@@ -300,7 +302,7 @@ def test_the_controller_sees_the_patches_that_were_labelled(noise, label, model,
 
     def remember(model, lpips, noisy, clean, seed, counts):
         seen.append(noisy)
-        return [0.0] * 11
+        return [0.0] * 3
 
     monkeypatch.setattr(build_step_labels, "lpips_of_each_step", remember)
     data, roots, options = ["images"], [chain.pictures], []
@@ -317,8 +319,8 @@ def test_the_controller_sees_the_patches_that_were_labelled(noise, label, model,
         options = noise.split()
     assert label(6, "--data", *data, "--root", *roots, *options).code == 0
     args = argparse.Namespace(model=model, data=data, root=[str(root) for root in roots])
-    patches, scores = train_controller.labelled_patches(args)
-    assert torch.equal(patches, torch.stack(seen).half()) and scores.shape == (6, 11)
+    patches, scores = train_controller.labelled_patches(args, labels.read(model))
+    assert torch.equal(patches, torch.stack(seen).half()) and scores.shape == (6, 3)
 
 
 def test_a_torn_line_is_no_reason_to_label_again(model, chain):
@@ -549,6 +551,130 @@ def test_malformed_labels(line, chain, model):
     assert "step_labels.jsonl" in refused(chain, "train_controller")
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("key, value", [
+    *((key, value) for key in ("n", "set", "top", "left", "size", "seed") for value in ("1", -1, 1.5, None, True, [1])),
+    ("size", 0), ("size", 257), *(("sigma", value) for value in ("high", -1, 256, NAN, [25], {})),
+    *(("image", value) for value in (None, 3, ["0.png"])), *(("clip", value) for value in (None, 0, "no")),
+    *(("lpips", value) for value in (
+        [0.1] * 10, [0.1] * 12, [None] * 11, [NAN] * 11, [0.1] * 10 + [NAN], [0.1] * 10 + [float("inf")], [-0.1] * 11,
+        [True] * 11, ["0.1"] * 11, [[0.1]] * 11, "01234567890", 0.1, None, {"0": 0.1}))])
+def test_labels_with_a_value_that_cannot_be(key, value, model):
+    path = model / "step_labels.jsonl"
+    first, *others = labels_of(model)
+    path.write_text("".join(json.dumps(label) + "\n" for label in [{**first, key: value}, *others]))
+    with pytest.raises(InputError, match="step_labels.jsonl is damaged"):
+        labels.read(model)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"n":' * 100_000, '{"n": %s}' % ("1" * 5000), None], ids=range(4))
+def test_a_label_file_that_is_none(line, chain, model):
+    path = model / "step_labels.jsonl"
+    path.unlink()
+    if line:
+        path.write_text(line + "\n")
+    else:
+        path.mkdir()
+    assert "step_labels.jsonl" in refused(chain, "train_controller")
+    assert "step_labels.jsonl" in refused(chain, "build_step_labels")
+
+
+@pytest.mark.parametrize("options", ["--sigma 50", "--sigma 25 50", "--seed 1", "--counts 0 10", "--size 80", "--camera 0.5",
+                                     "--clip-noisy 1", "--data images images --root ROOT ROOT", "--data sample --root ROOT"])
+def test_labels_of_other_options_are_refused(options, chain, model):
+    words = options.replace("ROOT", str(chain.pictures)).split()
+    message = refused(chain, "build_step_labels", *LABELS, *words)
+    assert words[0] in message and "another --model folder" in message
+
+
+def test_labels_go_on_where_what_differs_does_not_matter(chain, model):
+    """Device, number of patches, weights that mean the same; and files of old, which do not say their options."""
+    path = model / "step_labels.jsonl"
+    whole = path.read_bytes()
+    here = ["--model", model, "--data", "images", "--root", chain.pictures, "--lpips-backbone", chain.backbone, *LABELS]
+    assert call(build_step_labels, *here, "--weight", 3, "--patches", 2, "--precision", "bfloat16").code == 0
+    assert path.read_bytes() == whole
+    found = [{key: value for key, value in label.items() if key != "options"} for label in labels_of(model)]
+    path.write_text("".join(json.dumps(label) + "\n" for label in found))
+    old = path.read_bytes()
+    assert call(build_step_labels, *here, "--sigma", 50).code == 0 and path.read_bytes() == old
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(label, model, chain, tmp_path):
+    root = shutil.copytree(chain.pictures, tmp_path / "pictures")
+    assert label(8).code == 0
+    path = model / "step_labels.jsonl"
+    whole = labels_of(model)
+    path.unlink()
+    (root / "1.png").write_bytes(b"no picture")
+    rest = [found for found in whole if found["image"] != "1.png"]
+    for _ in range(2):
+        result = label(8, "--root", root)
+        assert result.code == 2 and labels_of(model) == rest and 0 < len(rest) < 8
+        [error] = result.errors
+        assert error.count("1.png") == 1 and f"{8 - len(rest)} of the patches" in error and result.err.endswith(f"{error}\n")
+    shutil.copy(chain.pictures / "1.png", root)
+    assert label(8, "--root", root).code == 0 and labels.read(model) == whole
+
+
+def test_labels_on_a_full_disk():
+    with pytest.raises(InputError, match="could not be written"):
+        labels.append(Path("/dev/full"), {"n": 0})
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "another value"])
+def test_s_does_not_go_on_with_other_labels(change, chain, model):
+    here = ["--model", model, "--data", "images", "--root", chain.pictures, *TINY, "--c", 2]
+    result = call(train_controller, *here)
+    assert result.code == 0 and "going on at iteration 4" in result.err
+    path, found = model / "step_labels.jsonl", labels_of(model)
+    if change == "more":
+        found.append({**found[0], "n": 3})
+    elif change == "fewer":
+        found.pop()
+    else:
+        found[1]["lpips"][4] += 0.01
+    path.write_text("".join(json.dumps(label) + "\n" for label in found))
+    message = refused(chain, "train_controller", "--precision", "float32")
+    assert "label-set (3 labels, hash " in message and f"now {len(found)} labels, hash " in message
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whole_pictures_are_held_out(seed):
+    """About the share asked for, from the labels alone; none of their pictures is trained on."""
+    random = np.random.default_rng(seed)
+    pictures, number, share = int(random.integers(2, 30)), int(random.integers(2, 300)), random.uniform(0, 0.9)
+    found = [{"n": n, "set": int(random.integers(2)), "image": str(random.integers(pictures))} for n in range(number)]
+    ordered, held_out = train_controller.held_out_first(found, share)
+    assert sorted(ordered, key=lambda label: label["n"]) == found
+    names = [(label["set"], label["image"]) for label in ordered]
+    assert not set(names[:held_out]) & set(names[held_out:]) and held_out > 0
+    assert abs(held_out - share * number) <= max(map(names.count, names))
+    assert train_controller.held_out_first(found, 1)[1] == number
+    assert train_controller.held_out_first([], share) == ([], 0)
+
+
+@pytest.mark.parametrize("change", ["one picture", "a smaller picture", "a pair"])
+def test_labels_that_do_not_fit_their_pictures(change, chain, model, tmp_path):
+    root, data, mention = tmp_path / "others", "images", "is not the one of label"
+    path, found = model / "step_labels.jsonl", labels_of(model)
+    (model / "last_controller.pt").unlink()
+    for n in range(3):
+        if change == "a pair":
+            for side in ("noisy", "clean"):
+                picture(root / side / f"{n}.png", seed=n)
+        else:
+            picture(root / f"{n}.png", *((20, 30) if change == "a smaller picture" else ()), seed=n)
+    if change == "a pair":
+        data = "pairs"
+    if change == "one picture":
+        path.write_text("".join(json.dumps({**label, "image": "0.png"}) + "\n" for label in found))
+        mention = "hold out"
+    assert mention in refused(chain, "train_controller", "--data", data, "--root", root)
+
+
 def test_labels_of_another_g_are_refused(chain, model):
     path = model / "step_labels.jsonl"
     path.write_text(re.sub('"gen": "[0-9a-f]{16}"', '"gen": "0123456789abcdef"', path.read_text()))
@@ -561,6 +687,7 @@ def test_labels_of_another_schedule_are_refused(chain, model):
     content["end"]["10"] = 0.123
     (model / "schedule.json").write_text(json.dumps(content))
     assert "another schedule.json" in refused(chain, "train_controller")
+    (model / "controller.pt").unlink()
     assert "another schedule.json" in refused(chain, "build_step_labels")
 
 
@@ -609,7 +736,7 @@ class Parsed(Exception):
 
 def commands():
     """Every `python SCRIPT ...` of the README and of the scripts' docstrings."""
-    text = README.read_text() if README.exists() else ""
+    text = README.read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`(python \w+\.py [^`]*)`", text)
     for script in ALL.values():
@@ -618,7 +745,6 @@ def commands():
     return [part for part in parts if re.match(r"python \w+\.py\b", part)]
 
 
-@pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
 def test_the_readme_has_commands_for_every_script():
     assert {command.split()[1] for command in commands()} == {f"{name}.py" for name in ALL}
 
@@ -647,7 +773,6 @@ def paper_to_code():
     return [(re.search(r"`(.*?)`", row[2])[1], re.findall(r"`(.*?)`", row[3])) for row in rows]
 
 
-@pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
 def test_every_name_in_the_map_exists():
     rows = paper_to_code()
     assert len(rows) >= 10

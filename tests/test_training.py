@@ -526,10 +526,11 @@ def test_log_and_validation(train, tmp_path, monkeypatch):
 def test_controller_validation(train, tmp_path):
     assert train("controller", "model", "--holdout", "0.4", "--iterations", "3") == 0
     [line] = log(tmp_path / "model", "controller")
-    scores = np.array([json.loads(label(n, ""))["lpips"] for n in range(10)])
-    fixed = scores[4:].mean(axis=0).argmin()
-    assert line["lpips_oracle"] == pytest.approx(scores[:4].min(axis=1).mean(), abs=1e-6)
-    assert line["lpips_fixed"] == pytest.approx(scores[:4, fixed].mean(), abs=1e-6)
+    found, held_out = train_controller.held_out_first([json.loads(label(n, "")) for n in range(10)], 0.4)
+    scores = np.array([label["lpips"] for label in found])
+    fixed = scores[held_out:].mean(axis=0).argmin()
+    assert line["lpips_oracle"] == pytest.approx(scores[:held_out].min(axis=1).mean(), abs=1e-6)
+    assert line["lpips_fixed"] == pytest.approx(scores[:held_out, fixed].mean(), abs=1e-6)
     assert line["fixed_steps"] == STEPS[fixed]
     assert line["lpips_oracle"] <= line["lpips"] and 0 <= line["accuracy"] <= 1 and 0 <= line["mean_steps"] <= 100
 
