@@ -741,6 +741,8 @@ def commands():
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`(python \w+\.py [^`]*)`", text)
     for script in ALL.values():
         lines += [re.sub(r"\s{2,}\(.*\)$", "", line) for line in script.__doc__.splitlines()]
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.MULTILINE):
+        lines = [line.replace(f"${name}", value) for line in lines]
     parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
     return [part for part in parts if re.match(r"python \w+\.py\b", part)]
 
