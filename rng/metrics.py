@@ -183,7 +183,7 @@ class LPIPS(nn.Module):
             raise ValueError(f"LPIPS needs pictures of at least {least} pixels, got {size}")
         with torch.autocast(x.device.type, enabled=False):
             layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)  # five; heads (C, 1, 1)
-            return sum((head * (u - v).square()).sum(1).mean((1, 2)) for u, v, head in layers)  # (N,)
+            return sum(F.conv2d((u - v).square(), head[None]).mean((1, 2, 3)) for u, v, head in layers)  # (N,)
 
     def _directions(self, x):
         """x (N, 3, H, W) in [0, 1] -> yields the output of each ReLU, (N, C, h, w), of unit length over channels."""
@@ -191,7 +191,7 @@ class LPIPS(nn.Module):
         for layer in self.features:
             x = layer(x)                                    # (N, C, h, w), C = 64, 192, 384, 256, 256
             if isinstance(layer, nn.ReLU):
-                yield F.normalize(x, dim=1, eps=1e-10)      # (N, C, h, w)
+                yield x * x.square().sum(1, keepdim=True).clamp_min(1e-20).rsqrt()  # (N, C, h, w)
 
 
 def _load_alexnet(features, backbone):

@@ -14,7 +14,7 @@ from rng.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 PEAK = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
-BATCH = {"cpu": 4, "cuda": 64}  # patches per network call; constant, for the same bytes at every run
+BATCH = {"cpu": 1, "cuda": 64}  # patches per network call: of more than one a CPU's caches do not hold the activations
 
 
 class Parts(NamedTuple):
@@ -75,6 +75,7 @@ class RnG:
     def __init__(self, recon, gen=None, settings=None, controller=None, ends=None, details=None,
                  device_name="auto", precision="auto", variance="paper"):
         self.device, self.precision = device.pick(device_name), precision
+        self.batch = BATCH.get(self.device.type, BATCH["cpu"])
         self.recon, self.gen, self.controller = (
             network and network.to(self.device, memory_format=torch.channels_last).eval()
             for network in (recon, gen, controller))
@@ -145,7 +146,7 @@ class RnG:
 
         schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
         d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, self.variance,
-                          batch or BATCH[self.device.type], callback)
+                          batch or self.batch, callback)
         return d_0 / self.settings["residual_scale"]
 
     def at_each_step(self, x, seed, counts=STEPS):
@@ -180,7 +181,7 @@ class RnG:
         out = np.empty_like(image)
         recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts is True else (None, None)
         steps = steps if detail else 0  # r alone needs neither s nor g
-        batch = batch or BATCH.get(self.device.type, BATCH["cpu"])
+        batch = batch or self.batch
         if steps == "auto":
             step_map, batch = as_fits(lambda batch: self._step_map(image, grid, batch), batch)
         else:

@@ -182,7 +182,7 @@ class PackageLPIPS(metrics.LPIPS):
 
 def scores():
     """LPIPS and NIQE, each against the plain way to write it, on one megapixel; step labels."""
-    x = torch.from_numpy(noisy_picture(1024, 1024)).permute(2, 0, 1)[None].float() / 255
+    x = torch.from_numpy(noisy_picture(1024, 1024)).permute(2, 0, 1)[None].contiguous() / 255
     rows = [("NIQE", seconds(lambda: metrics.niqe(x), 3)), ("NIQE block by block", seconds(lambda: slow_niqe(x[0]), 1))]
     lpips = metrics.load_lpips()
     if lpips:
