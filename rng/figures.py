@@ -49,7 +49,7 @@ def chart(series, x_label, y_label, title="", size=(600, 380)):
 
     def limits(values):
         low, high = min(values), max(values)
-        room = 0.06 * (high - low) or 0.06 * abs(high) or 1
+        room = 0.1 * (high - low) or 0.1 * abs(high) or 1
         return low - room, high + room
 
     (x_low, x_high), (y_low, y_high) = (limits([v for s in series for v in s[axis]]) for axis in (1, 2))
@@ -74,9 +74,9 @@ def chart(series, x_label, y_label, title="", size=(600, 380)):
             draw.line(points, colour, 2 * FINE, joint="curve")
         for x, y in points if len(points) < 30 else []:
             draw.circle((x, y), 3.5 * FINE, colour)
+        up = n % 2 == 0  # the labels of two lines that meet stay apart
         for (x, y), label in zip(points, one.labels):
-            before = x > (left + right) / 2
-            draw.text((x + (-6 if before else 6) * FINE, y), label, colour, font, "rm" if before else "lm")
+            draw.text((x, y + (-5 if up else 5) * FINE), label, colour, font, "md" if up else "ma")
         if one.name:
             y = top + (10 + 16 * n) * FINE
             draw.rectangle((right + 6 * FINE, y - 4 * FINE, right + 14 * FINE, y + 4 * FINE), colour)

@@ -12,14 +12,17 @@ AMPLIFY = 4    # residuals are shown so many times larger, around grey
 
 
 def perception_distortion(rows, title=""):
-    """Fig. 1's plane -> Image; rows: (name, LPIPS, PSNR), where the fixed step counts and details of RnG form lines."""
-    kinds = {"fixed steps": [row for row in rows if " steps" in row[0]],
-             "RnG": [row for row in rows if row[0].startswith("RnG")]}
-    in_lines = [row for some in kinds.values() for row in some]
-    series = [Series(name, [row[2] for row in some], [row[1] for row in some],
-                     labels=[row[0].replace("RnG, ", "").replace(" steps", "") for row in some])
-              for name, some in kinds.items() if some]
-    series += [Series(name, [psnr], [lpips]) for name, lpips, psnr in rows if (name, lpips, psnr) not in in_lines]
+    """Fig. 1's plane -> Image; rows: (name, LPIPS, PSNR). RnG is a line over its details, the fixed step counts are another
+    (with the last detail that they have), everything else is a point."""
+    counts = {name.partition(" steps")[0]: (name, lpips, psnr) for name, lpips, psnr in rows if " steps" in name}
+    chosen = {name.removeprefix("RnG, "): (name, lpips, psnr) for name, lpips, psnr in rows if name.startswith("RnG")}
+    series = []
+    for name, line in ("fixed steps", counts), ("RnG", chosen):
+        if line:
+            _, lpips, psnr = zip(*line.values())
+            series.append(Series(name, psnr, lpips, labels=list(line) if len(line) > 1 else ()))
+    points = [row for row in rows if " steps" not in row[0] and not row[0].startswith("RnG")]
+    series += [Series(name, [psnr], [lpips]) for name, lpips, psnr in points]
     return chart(series, "PSNR, dB", "LPIPS, lower is better", title)
 
 

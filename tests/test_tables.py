@@ -203,6 +203,24 @@ def test_plane_and_figures_are_pictures(run, tmp_path):
     assert shapes[0][0] > 2 * 100 and shapes[1][0] == 2 * (2 * 100 + 22) + 6
 
 
+@pytest.mark.parametrize("details", [(), (1.0,), (0.25, 0.5), (0, 0.75, 1)])
+@pytest.mark.parametrize("counts", [(), (20,), (10, 20, 100)])
+def test_lines_of_the_plane(counts, details, monkeypatch):
+    """One line over the fixed counts, one of RnG over the details, a point for everything else."""
+    names = [f"{method}, detail {detail}" if len(details) > 1 else method
+             for method in (*(f"{n} steps" for n in counts), "RnG") for detail in details or [1]]
+    rows = [(name, n / 100, 30 + n) for n, name in enumerate(["r alone", *names, "other"])]
+    at = {name: psnr for name, _, psnr in rows}
+    monkeypatch.setattr(panels, "chart", lambda series, *_: series)
+    lines = {one.name: one for one in panels.perception_distortion(rows)}
+    assert list(lines) == (["fixed steps"] if counts else []) + ["RnG", "r alone", "other"]
+    last = f", detail {details[-1]}" if len(details) > 1 else ""
+    if counts:
+        assert list(lines["fixed steps"].x) == [at[f"{n} steps{last}"] for n in counts]
+    assert list(lines["RnG"].x) == [psnr for name, psnr in at.items() if name.startswith("RnG")]
+    assert all(one.labels == () or len(one.labels) == len(one.x) == len(one.y) > 1 for one in lines.values())
+
+
 def test_the_plane_without_lpips_is_refused(run, world, monkeypatch):
     monkeypatch.setattr(scoring.metrics, "load_lpips", lambda *_: None)
     code, _, err = run("--sigma", 25, "--plot", "plane.png")
