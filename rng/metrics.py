@@ -181,9 +181,10 @@ class LPIPS(nn.Module):
         if min(x.shape[2:]) < LPIPS_SIZE:
             least, size = f"{LPIPS_SIZE}x{LPIPS_SIZE}", f"{x.shape[2]}x{x.shape[3]}"
             raise ValueError(f"LPIPS needs pictures of at least {least} pixels, got {size}")
+        both = torch.cat([x, y]).float().contiguous(memory_format=torch.channels_last)           # (2 N, 3, H, W)
         with torch.autocast(x.device.type, enabled=False):
-            layers = zip(self._directions(x.float()), self._directions(y.float()), self.heads)  # five; heads (C, 1, 1)
-            return sum(F.conv2d((u - v).square(), head[None]).mean((1, 2, 3)) for u, v, head in layers)  # (N,)
+            layers = zip((z.chunk(2) for z in self._directions(both)), self.heads)               # five; heads (C, 1, 1)
+            return sum(F.conv2d((u - v).square(), head[None]).mean((1, 2, 3)) for (u, v), head in layers)  # (N,)
 
     def _directions(self, x):
         """x (N, 3, H, W) in [0, 1] -> yields the output of each ReLU, (N, C, h, w), of unit length over channels."""

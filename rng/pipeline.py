@@ -133,7 +133,8 @@ class RnG:
     def generate(self, x, y_r, steps, noise, batch=None, callback=None):
         """Algorithm 1, lines 2 to 5: d_0 in [0, 1] units, (N, 3, H, W), for patches x, y_r (N, 3, H, W).
 
-        steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample. Not yet scaled by `detail_of`.
+        steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample; batch by default a constant number of
+        pixels per device, so of smaller patches more. Not yet scaled by `detail_of`.
         """
         if max(steps, default=0) == 0:
             return torch.zeros_like(x)
@@ -144,9 +145,10 @@ class RnG:
             with device.autocast(self.device, self.precision):
                 return self.gen(x.contiguous(memory_format=torch.channels_last), d_t, gamma)
 
+        batch = batch or max(1, self.batch * tiling.PATCH ** 2 // (x.shape[2] * x.shape[3]))
         schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
         d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, self.variance,
-                          batch or self.batch, callback)
+                          batch, callback)
         return d_0 / self.settings["residual_scale"]
 
     def at_each_step(self, x, seed, counts=STEPS):

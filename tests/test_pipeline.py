@@ -153,6 +153,15 @@ def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps, m
         hook.remove()
 
 
+@pytest.mark.parametrize("side, most", [(256, 1), (144, 3), (128, 4), (64, 10)])
+def test_more_of_smaller_patches_go_together(model, side, most):
+    sizes, x = [], torch.rand(1, 3, side, side)
+    hook = model.gen.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
+    model.at_each_step(x, 0)
+    hook.remove()
+    assert max(sizes) == most
+
+
 def test_a_full_gpu_halves_the_batch(model, capsys):
     """A g for which two patches are the most; then for which one is too many."""
     image, fits = random_image(480, 480), 2
