@@ -18,7 +18,7 @@ from rng import checkpoint, data, labels, training
 from rng.controller import STEPS, StepController
 from rng.errors import InputError, number, script
 
-# iterations: 30 epochs of 20,000 patches; 60 of 1,000
+# iterations: 30 epochs of 20,000 patches; 60 of 1,000, and an EMA that so short a training can follow
 PRESETS = {
     "paper": dict(c=64, iterations=9400, batch=64, lr=1e-4, cosine=False, weight_decay=1e-4, clip_grad=1.0, ema=0.999),
     "small": dict(c=16, iterations=1000, batch=64, lr=1e-3, cosine=True, weight_decay=1e-2, clip_grad=1.0, ema=0.99),
@@ -34,8 +34,6 @@ def main(argv=None):
     parser.add_argument("--temperature", type=number(float, 0), default=0.0,
                         help="0: cross-entropy with the best step, as in the paper (default); above 0: with "
                              "softmax(-LPIPS / temperature), which learns from all 11 values of a label")
-    parser.add_argument("--step-cost", type=number(float, 0), default=0.0,
-                        help="LPIPS that ten more steps must gain to be worth their time; not in the paper (default: 0)")
     parser.add_argument("--holdout", type=number(float, 0, 1), default=0.2,
                         help="share of the labels kept for validation, in whole pictures (default: 0.2)")
     args = training.parse(parser, PRESETS, argv)
@@ -46,9 +44,8 @@ def main(argv=None):
     if held_out == len(found):
         raise InputError(f"the pictures of {len(found)} labels are too few to train on some and hold out others; "
                          "run build_step_labels.py with more --patches or pictures, or give a smaller --holdout")
-    costs = scores + args.step_cost / 10 * torch.tensor(STEPS)
-    best = costs.argmin(dim=1)                                                     # ties go to the smaller step
-    target = (costs / -args.temperature).softmax(dim=1) if args.temperature else F.one_hot(best, len(STEPS)).float()
+    best = scores.argmin(dim=1)                                                    # ties go to the smaller step
+    target = (scores / -args.temperature).softmax(dim=1) if args.temperature else F.one_hot(best, len(STEPS)).float()
 
     def stream(start, stop):
         """Random patches of those not held out, flipped and rotated: a function of (seed, iteration)."""
@@ -58,7 +55,7 @@ def main(argv=None):
             turns, flips = generator.integers(4, size=args.batch), generator.integers(2, size=args.batch)
             x = [torch.rot90(patch.flip(2) if flip else patch, turn, (1, 2))
                  for patch, turn, flip in zip(patches[index], turns.tolist(), flips)]
-            yield {"x": torch.stack(x).float(), "target": target[index]}
+            yield {"x": torch.stack(x).float(), "target": target[index], "name": [found[i]["image"] for i in index.tolist()]}
 
     def validate(networks):
         """Accuracy, and the LPIPS reached by the predicted steps beside the best fixed count's and the oracle's."""

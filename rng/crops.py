@@ -4,6 +4,7 @@ Sample i of iteration k is a function of (seed, k, i) alone: image, crop, flip, 
 noise level and eps. So a resumed run, and one with other workers, sees exactly the same samples.
 """
 
+import os
 import signal
 from functools import lru_cache
 from pathlib import Path
@@ -96,7 +97,13 @@ class Crops(torch.utils.data.IterableDataset):
         part, parts = self.rank * parts + part, self.world_size * parts
         mine = range(part * self.batch // parts, (part + 1) * self.batch // parts)
         for k in range(self.start, self.stop):
-            samples = [self.sample(k, i) for i in mine]
+            try:
+                samples = [self.sample(k, i) for i in mine]
+            except InputError as error:
+                if worker is None:
+                    raise
+                yield error  # raised by the parent: a DataLoader would wrap it in a traceback
+                return
             yield {key: [sample[key] for sample in samples] if key == "name" else
                    torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
@@ -165,14 +172,21 @@ def batches(crops, workers):
     loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4,
                                          worker_init_fn=_leave_signals_to_parent)
     for parts in zip(*[iter(loader)] * workers):
+        for part in parts:
+            if isinstance(part, InputError):
+                raise part
         yield {key: sum((part[key] for part in parts), []) if key == "name" else
                torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _leave_signals_to_parent(worker):
-    """A signal to the whole process group must not end the workers before the training has saved."""
+    """A signal to the whole process group must not end the workers before the training has saved.
+
+    They leave the group, and do not ignore SIGTERM, by which the parent ends them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
 
 
 def training_stream(args, schedule=None):
@@ -185,6 +199,7 @@ def training_stream(args, schedule=None):
     if args.batch % world_size:
         raise InputError(f"--batch {args.batch} cannot be shared evenly among {world_size} processes; give a multiple")
     train, held_out = data.training_items(args, args.validation)
+    args.pictures = data.fingerprint(train)  # a setting: other pictures are no resuming
     weights = args.weight or [1] * len(train)
     if 0 in np.diff(shares_of(weights, args.batch)):
         raise InputError(f"--batch {args.batch} has no place for one of the data sets; give a larger one or another --weight")

@@ -115,9 +115,12 @@ def training_curves(folder):
     charts = []
     for stage, network in (("recon", ""), ("gen", "RnG, fixed steps")):
         path = folder / f"train_{stage}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        validated = [n for n, line in enumerate(lines) if "psnr" in line]
-        iterations = [lines[n]["iteration"] for n in validated]
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            validated = [n for n, line in enumerate(lines) if "psnr" in line and "loss" in line]
+            iterations = [lines[n]["iteration"] + 0 for n in validated]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{path} is damaged; remove it, or the line that is no JSON") from error
         for key in ("loss", "psnr", "lpips"):
             curves = {network: key, "r": f"{key}_recon"}
             if key == "loss":  # noisy: its mean since the validation before

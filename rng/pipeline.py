@@ -14,7 +14,8 @@ from rng.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 PEAK = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
-BATCH = {"cpu": 1, "cuda": 64}  # patches per network call: of more than one a CPU's caches do not hold the activations
+BATCH = {"cpu": 1, "cuda": 64}  # patches a call; of more than one a CPU's caches do not hold the activations, a GPU wants many
+WIDEST = 16384  # pixels; of a wider picture a row of patches would need more than 1.5 GB
 
 
 class Parts(NamedTuple):
@@ -171,6 +172,7 @@ class RnG:
         seed: of the generated detail; detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2, the user's
         dial along the perception-distortion curve; batch: patches per network call, default a constant per device.
         progress: called with the share of the work done, 0 to 1.
+        Pictures wider than WIDEST are denoised lying on their side.
         Returns the picture, shape and dtype of `image`, in range; with parts=True a Parts, with parts="steps" one
         without r(x) and the residual, which take 9 bytes a pixel.
         """
@@ -178,6 +180,9 @@ class RnG:
             raise ValueError(f"image must be (H, W, 3) uint8, uint16 or float32, not {image.shape} {image.dtype}")
         if steps != "auto" and (not isinstance(steps, int) or steps < 0):
             raise ValueError(f'steps must be "auto" or a whole number from 0, not {steps!r}')
+        if image.shape[1] > WIDEST >= image.shape[0]:
+            turned = self.denoise(image.transpose(1, 0, 2), steps, seed, detail, batch, progress, parts)
+            return Parts(*(part if part is None else part.swapaxes(0, 1) for part in turned)) if parts else turned.swapaxes(0, 1)
         height, width = image.shape[:2]
         grid = tiling.count(height), tiling.count(width)
         out = np.empty_like(image)

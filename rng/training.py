@@ -17,7 +17,8 @@ from rng.errors import InputError, number
 from rng.files import append_line, make_folder, write_text
 
 REPORT_EVERY = 50  # iterations
-# Options that may change between two runs of one training without changing its result.
+# Options that may change between two runs of one training without changing what is learned, but for rounding on another
+# device. Other pictures under --root are told by their names (data.fingerprint).
 FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "compile", "lpips_backbone"}
 
 
@@ -181,24 +182,30 @@ class Run:
         state = checkpoint.load(self.last)
         if not isinstance(state, dict) or not {"settings", "iteration", "optimizer", *self.networks} <= state.keys():
             raise InputError(f"{self.last} is not the state of this training; remove it, or name a new --model folder")
-        changed = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
-        if changed:
-            differences = ", ".join(f"{key.replace('_', '-')} ({state['settings'].get(key)}, now {self.settings[key]})"
-                                    for key in changed)
-            raise InputError(f"{self.last} was made with another {differences}; "
+        try:
+            differences = [f"{key.replace('_', '-')} ({state['settings'].get(key)}, now {now})"
+                           for key, now in self.settings.items() if state["settings"].get(key) != now]
+            if not differences:
+                self.optimizer.load_state_dict(state["optimizer"])
+                for name in self.networks:
+                    self.networks[name].load_state_dict(state[name]["weights"])
+                    self.averaged[name].load_state_dict(state[name]["averaged"])
+                self.iteration = int(state["iteration"])
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{self.last} is damaged; remove it, or name a new --model folder") from error
+        if differences:
+            raise InputError(f"{self.last} was made with another {', '.join(differences)}; "
                              "use the same settings, or a new --model folder to start afresh")
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in self.networks:
-            self.networks[name].load_state_dict(state[name]["weights"])
-            self.averaged[name].load_state_dict(state[name]["averaged"])
-        self.iteration = state["iteration"]
         print(f"{self.last}: going on at iteration {self.iteration}", file=sys.stderr)
 
     def _trim_log(self):
         """Drops what was logged after the checkpoint: it happens again."""
         if self.log_path.exists():
-            lines = self.log_path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration]
+            try:
+                lines = self.log_path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration]
+            except (ValueError, LookupError, TypeError) as error:
+                raise InputError(f"{self.log_path} is damaged; remove it, or the line that is no JSON") from error
             write_text(self.log_path, "".join(kept))
 
     def _stop(self, number, frame):

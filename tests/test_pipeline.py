@@ -153,6 +153,18 @@ def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps, m
         hook.remove()
 
 
+@pytest.mark.parametrize("parts", [False, True, "steps"])
+@pytest.mark.parametrize("size", [(40, 300), (64, 301)])
+def test_wide_pictures_lie_on_their_side(model, size, parts, monkeypatch):
+    image = random_image(*size)
+    turned = model.denoise(image.transpose(1, 0, 2).copy(), 2, parts=parts)
+    monkeypatch.setattr(pipeline, "WIDEST", 299)
+    wide = model.denoise(image, 2, parts=parts)
+    for one, other in zip(wide, turned) if parts else [(wide, turned)]:
+        assert (one is other is None) or np.array_equal(one, other.swapaxes(0, 1))
+    assert (wide.image if parts else wide).shape == image.shape
+
+
 @pytest.mark.parametrize("side, most", [(256, 1), (144, 3), (128, 4), (64, 10)])
 def test_more_of_smaller_patches_go_together(model, side, most):
     sizes, x = [], torch.rand(1, 3, side, side)
