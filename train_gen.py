@@ -51,9 +51,9 @@ def main(argv=None):
                         help="so many times LPIPS between y and r(x) + g's estimate of d_0 is added to Eq. 5; "
                              "not in the paper (default: 0)")
     parser.add_argument("--own-estimate", action="store_true",
-                        help="in every second sample (of each process) d_0 is g's own estimate from pure noise, as in sampling, where g goes on "
-                             "from what it made itself, and Eq. 5 alone teaches it to keep that; with --perceptual-weight, "
-                             "which then sees the other samples; not in the paper")
+                        help="in every second sample (of each process) d_0 is g's own estimate from pure noise, as in sampling, "
+                             "where g goes on from what it made itself, and Eq. 5 alone teaches it to keep that; with "
+                             "--perceptual-weight, which then sees the other samples; not in the paper")
     parser.add_argument("--init", type=Path, help="start from this gen.pt, whose sizes win")
     parser.add_argument("--lpips-backbone", help="AlexNet weights for LPIPS")
     training.add_crop_arguments(parser)

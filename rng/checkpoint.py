@@ -120,7 +120,8 @@ def _possible(settings):
         return False
     scale, end = settings["residual_scale"], settings["train_end"]
     return (settings["condition"] in ("noisy", "initial", "both") and settings["target"] in ("residual", "clean")
-            and type(scale) in (int, float) and 0 < scale < 1e38 and type(end) in (int, float) and ddpm.BETA_1 <= end < 1
+            and type(scale) in (int, float) and 0 < scale <= torch.finfo(torch.float32).max
+            and type(end) in (int, float) and ddpm.BETA_1 <= end < 1
             and isinstance(settings["recon"], str | None))
 
 

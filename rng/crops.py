@@ -169,7 +169,8 @@ def batches(crops, workers):
     if workers == 0:
         yield from crops
         return
-    loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4,
+    loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers,
+                                         prefetch_factor=4,  # batches ahead: a slow picture delays none
                                          worker_init_fn=_leave_signals_to_parent)
     for parts in zip(*[iter(loader)] * workers):
         for part in parts:

@@ -97,7 +97,7 @@ def step(d_t, eps_hat, t, schedules, eps_t, variance="paper"):
 
 @torch.inference_mode()
 def sample(g, x, steps, schedules, noise, variance="paper", batch=16, callback=None):
-    """Algorithm 1, lines 1 to 5, for patches that each have their own number of steps.
+    """Algorithm 1, d_T of line 1 and lines 2 to 5, for patches that each have their own number of steps.
 
     g(x, d_t, gamma) -> eps_hat; x: conditions (N, C, H, W); steps: N ints, 0 leaves a patch's d_0 at zero for free.
     schedules: {T: Schedule} with an entry for each T > 0 in steps.

@@ -46,7 +46,7 @@ def _leave():
 def wait_for_all():
     """Returns when every process has come here: torchrun ends all of them where one ends with an error."""
     if world_size() > 1:
-        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # of labelling
         distributed.barrier()
         distributed.destroy_process_group()
 

@@ -192,6 +192,7 @@ class LPIPS(nn.Module):
         for layer in self.features:
             x = layer(x)                                    # (N, C, h, w), C = 64, 192, 384, 256, 256
             if isinstance(layer, nn.ReLU):
+                # the package's 1e-10 beside the norm, squared: where all channels are 0
                 yield x * x.square().sum(1, keepdim=True).clamp_min(1e-20).rsqrt()  # (N, C, h, w)
 
 

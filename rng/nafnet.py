@@ -9,7 +9,7 @@ from torch import nn
 
 
 class LayerNorm2d(nn.Module):
-    """Layer normalisation over the channels of each pixel, (N, C, H, W) -> (N, C, H, W)."""
+    """Layer normalisation over the channels of each pixel, (N, C, H, W) -> (N, C, H, W); eps as in the official code."""
 
     def __init__(self, channels, eps=1e-6):
         super().__init__()
@@ -20,7 +20,7 @@ class LayerNorm2d(nn.Module):
     def forward(self, x):                  # (N, C, H, W)
         # channels-last memory makes both permutes free; float32 is exact, and faster than bfloat16 for few channels
         x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C)
-        x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # (N, H, W, C)
         return x.permute(0, 3, 1, 2)       # (N, C, H, W) float32
 
 

@@ -37,8 +37,9 @@ def camera_noise(clean, generator):
     """The picture as a camera would have delivered it, with random sensor, light, processing and compression.
 
     clean: float32 (H, W, 3), sRGB in [0, 1]. Returns float32 (H, W, 3) in [0, 1]; its clean partner is `clean`.
-    Follows "Unprocessing Images for Learned Raw Denoising" (Brooks et al., CVPR 2019). Ranges are widened until
-    the result covers the real pairs of PolyU (standard deviation 2 to 8 of 255) and strong phone noise (about 40).
+    Follows "Unprocessing Images for Learned Raw Denoising" (Brooks et al., CVPR 2019). All ranges and probabilities below
+    are theirs, widened, or our own, chosen until the result covers the real pairs of PolyU (standard deviation 2 to 8 of
+    255) and strong phone noise (about 40).
     """
     if clean.min() < 0 or clean.max() > 1:
         raise ValueError("camera_noise needs a picture in [0, 1]")

@@ -32,8 +32,8 @@ class ResBlock(nn.Module):
     def forward(self, h, level):                                              # (N, C_in, H, W), (N, E) or None
         y = self.conv1(F.silu(h))                                             # (N, C_out, H, W)
         if self.level is not None:
-            scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)
-            y = y * (1 + scale) + shift
+            scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)  # (N, C_out, 1, 1) each
+            y = y * (1 + scale) + shift                                       # (N, C_out, H, W)
         return self.skip(h) + self.conv2(F.silu(y))                           # (N, C_out, H, W)
 
 
@@ -76,22 +76,22 @@ class UNet(nn.Module):
         Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
         """
         height, width = x.shape[-2:]
-        h = torch.cat([x, d_t], dim=1) if self.noise_level else x
+        h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, 3 or 6 or 9, H, W)
         multiple = 2 ** len(self.downs)
-        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")  # (N, ., H', W'), multiples of 8
         level = self.mlp(noise_level_embedding(gamma, self.base)) if self.noise_level else None  # (N, E)
-        h = self.intro(h)                                                     # (N, C, H, W)
+        h = self.intro(h)                                                     # (N, C, H', W'), C = base
         skips = []
         for encoder, down in zip(self.encoders, self.downs):
             for block in encoder:
-                h = block(h, level)
+                h = block(h, level)                                           # (N, C, H', W')
             skips.append(h)
-            h = down(h)                                                       # (N, C', H/2, W/2) and so on
+            h = down(h)                                                       # (N, 2C, H'/2, W'/2) and so on
         for block in self.middle:
-            h = block(h, level)
+            h = block(h, level)                                               # (N, 4C, H'/8, W'/8) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
-            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)
+            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)  # (N, 6C, H'/4, W'/4) and so on
             for block in decoder:
-                h = block(h, level)
+                h = block(h, level)                                           # (N, 3C, H'/4, W'/4) and so on
         out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)
         return out if self.noise_level else x + out

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import train_gen
 from rng import ddpm
+from rng.pipeline import RnG
+from rng.unet import UNet
 
 TEXT = (Path(__file__).parent.parent / "docs" / "derivation.md").read_text()
 ROWS = re.findall(r"^\| ([\d.]+) \| (paper|posterior) \| (.+) \|$", TEXT, re.MULTILINE)
@@ -37,6 +40,7 @@ def generated_std(s, T, variance):
 
 
 def test_every_function_that_the_derivation_names_exists():
+    assert callable(train_gen.measured_scale) and callable(RnG.generate) and callable(UNet.forward)
     names = re.findall(r"`ddpm\.(\w+)`", TEXT)
     assert len(set(names)) >= 7 and all(callable(getattr(ddpm, name)) for name in names)
     assert all(callable(globals()[name]) for name in re.findall(r"`(test_\w+|generated_\w+)`", TEXT))
@@ -95,3 +99,17 @@ def test_posterior_mean_in_two_forms(seed):
     mean = (math.sqrt(alpha) * (1 - before) * d_t + math.sqrt(before) * (1 - alpha) * d_0) / (1 - gamma)
     stepped = ddpm.step(full(d_t), full(eps), t, [schedule], full(0.0))
     assert stepped.item() == pytest.approx(mean, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weight_of_the_bound(seed):
+    """Section 3: of a wrong guess of eps, (mu_t - m)^2 / (2 sigma_t^2) is the factor written there times the squared error."""
+    generator = np.random.default_rng(seed)
+    T = int(generator.integers(2, 100))
+    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
+    t = int(generator.integers(2, T + 1))
+    d_t, eps, guess = generator.normal(size=3)
+    alpha, gamma = schedule.alpha[t], schedule.gamma[t]
+    mu, m = (ddpm.step(full(d_t), full(value), t, [schedule], full(0.0)).item() for value in (eps, guess))
+    factor = (1 - alpha) ** 2 / (2 * (1 - alpha) * alpha * (1 - gamma))  # sigma_t^2 = 1 - alpha_t
+    assert (mu - m) ** 2 / (2 * (1 - alpha)) == pytest.approx(factor * (eps - guess) ** 2, rel=1e-2, abs=1e-6)
