@@ -145,15 +145,16 @@ def pictures():
     """denoise.py on four sizes: seconds and peak memory; evaluations of g that the controller saves."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for height, width in ((512, 512), (1024, 1024), (2048, 2048), (4096, 4096)):
+        for height, width, steps in ((512, 512, "auto"), (1024, 1024, "auto"), (2048, 2048, "auto"), (4096, 4096, "auto"),
+                                     (1000, 50_000, "1"), (7072, 7072, "1")):
             Image.fromarray(noisy_picture(height, width)).save(Path(folder) / "in.png")
             started = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "denoise.py", "in.png", "out.png"], cwd=folder, check=True,
-                           capture_output=True)
-            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # the most so far: sizes ascend
+            subprocess.run([sys.executable, ROOT / "denoise.py", "in.png", "out.png", "--steps", steps], cwd=folder,
+                           check=True, capture_output=True)
+            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # the most so far: it ascends
             taken = time.perf_counter() - started
-            rows.append((f"{width} x {height}", taken, taken / (height * width / 1e6), memory))
-    table(("picture", "seconds", "seconds per megapixel", "peak memory, GB"), *rows)
+            rows.append((f"{width} x {height}", steps, taken, taken / (height * width / 1e6), memory))
+    table(("picture", "steps", "seconds", "seconds per megapixel", "peak memory, GB"), *rows)
     model = RnG.load("default")
     started = time.perf_counter()
     steps = model.denoise(noisy_picture(1024, 1024), parts=True).steps
