@@ -39,6 +39,13 @@ def generated_std(s, T, variance):
     return math.sqrt(u)
 
 
+def random_step(generator):
+    """A schedule and one of its t, not the last step."""
+    T = int(generator.integers(2, 100))
+    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
+    return schedule, int(generator.integers(2, T + 1))
+
+
 def test_every_function_that_the_derivation_names_exists():
     assert callable(train_gen.measured_scale) and callable(RnG.generate) and callable(UNet.forward)
     names = re.findall(r"`ddpm\.(\w+)`", TEXT)
@@ -89,9 +96,7 @@ def test_worked_example_of_section_6():
 def test_posterior_mean_in_two_forms(seed):
     """(C), in d_t and d_0, is (D), in d_t and eps; and both are what ddpm.step does with the true eps."""
     generator = np.random.default_rng(seed)
-    T = int(generator.integers(2, 100))
-    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
-    t = int(generator.integers(2, T + 1))
+    schedule, t = random_step(generator)
     d_0, eps = generator.normal(size=2)
     alpha, gamma, before = schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1]
     d_t = math.sqrt(gamma) * d_0 + math.sqrt(1 - gamma) * eps
@@ -105,9 +110,7 @@ def test_posterior_mean_in_two_forms(seed):
 def test_weight_of_the_bound(seed):
     """Section 3: of a wrong guess of eps, (mu_t - m)^2 / (2 sigma_t^2) is the factor written there times the squared error."""
     generator = np.random.default_rng(seed)
-    T = int(generator.integers(2, 100))
-    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
-    t = int(generator.integers(2, T + 1))
+    schedule, t = random_step(generator)
     d_t, eps, guess = generator.normal(size=3)
     alpha, gamma = schedule.alpha[t], schedule.gamma[t]
     mu, m = (ddpm.step(full(d_t), full(value), t, [schedule], full(0.0)).item() for value in (eps, guess))
