@@ -3,12 +3,14 @@
     python build_step_labels.py --data sidd --model runs/sidd
     python build_step_labels.py --data sample --model runs/try --patches 20 --size 128
 
-Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped. Under torchrun each
-process makes its share of the patches, on a GPU of its own; those after the first write MODEL/step_labels.N.jsonl.
-A picture that cannot be read is named at the end; the patches of the others are made.
+Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped. Under
+torchrun each process makes its share of the patches, on a GPU of its own; those after the first write
+MODEL/step_labels.N.jsonl. A picture that cannot be read is named at the end; the patches of the others are
+made.
 """
 
-import argparse
+import functools
+import json
 import sys
 import time
 from datetime import timedelta
@@ -17,84 +19,112 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rng import checkpoint, crops, data, distributed, labels, metrics, tiling
+from rng import folder, metrics, search, tiling
 from rng.controller import STEPS
-from rng.errors import InputError, number, script
-from rng.pipeline import RnG, find_folder
+from rng.pipeline import RnG
+from rng.support import data
+from rng.support.checkpoint import fingerprint
+from rng.support.crops import LABELS, random_place
+from rng.support.device import add_arguments as add_device_arguments
+from rng.support.device import rank, wait_for_all, world_size
+from rng.support.errors import InputError, Parser, append_line, number, script
+from rng.support.noise import NoiseMix
+
+
+def parse(argv):
+    parser = Parser(__doc__)
+    data.add_arguments(parser)
+    add = parser.add_argument_group("patches").add_argument
+    add("--patches", type=number(int, 1), default=20000, help="how many patches (default: 20000)")
+    add("--size", type=number(int, 64, tiling.PATCH), default=256,
+        help="side of a patch, 64 to 256 pixels (default: 256)")
+    add("--counts", type=int, choices=STEPS, nargs="+", default=STEPS,
+        help="step counts to try; fewer make more labels in the same time, and s then takes no others; the "
+             "paper tries all 11 (default)")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of patches and noise (default: 0)")
+    group = parser.add_argument_group("run")
+    add_device_arguments(group)
+    add = group.add_argument
+    add("--model", type=Path, required=True, help="model folder, written to")
+    add("--lpips-backbone", help="file with AlexNet's convolutions (default: fetched once)")
+    return parser.parse_args(argv)
 
 
 @script
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("runs/rng"), help="model folder (default: runs/rng)")
-    data.add_arguments(parser)
-    parser.add_argument("--patches", type=number(int, 1), default=20000, help="how many patches (default: 20000)")
-    parser.add_argument("--size", type=int, default=256, help="side of a patch, 64 to 256 pixels (default: 256)")
-    parser.add_argument("--counts", type=int, choices=STEPS, nargs="+", default=STEPS,
-                        help="step counts to try; fewer make more labels in the same time, and s then takes no others; the "
-                             "paper tries all 11 (default)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of patches and noise (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--lpips-backbone", help="file with AlexNet's convolutions (default: fetched once)")
-    args = parser.parse_args(argv)
-    if not 64 <= args.size <= tiling.PATCH:
-        raise InputError(f"--size must lie between 64 and {tiling.PATCH}, not {args.size}")
-
+    args = parse(argv)
     counts = sorted(set(args.counts))
     model = RnG.load(args.model, args.device, args.precision)
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
-    sets, _ = data.training_items(args, 0)
-    weights = np.array(args.weight or [1] * len(sets), float)
-    mix = crops.NoiseMix(args.sigma, args.camera, args.clip_noisy)
-    folder, rank = find_folder(args.model), distributed.rank()
-    path = folder / (f"step_labels.{rank}.jsonl" if rank else "step_labels.jsonl")
-    options = labels.fingerprint([args.data, (weights / weights.sum()).tolist(), args.sigma, args.camera, args.clip_noisy,
-                                  args.size, counts, args.seed])
-    found = labels.read(folder)
-    if any(label.get("options", options) != options for label in found):  # labels of old had no such field
-        raise InputError(f"{folder} holds labels of another --data, --weight, --sigma, --camera, --clip-noisy, --size, --counts "
-                         "or --seed; give the same ones, remove step_labels*.jsonl, or name another --model folder")
-    labels.drop_torn_line(path)
-    done = {label["n"] for label in found}
-    made_with = {**checkpoint.made_with(folder), "options": options}
-    mine = range(rank, args.patches, distributed.world_size())
+    sets, _ = data.training_sets(args.data, args.root)
+    weights = data.weights_of(args) / data.weights_of(args).sum()
+    options = fingerprint([args.data, weights.tolist(), args.sigma, args.camera, args.clip_noisy, args.size,
+                           counts, args.seed])
+    model_folder = folder.find(args.model)
+    path = model_folder / (f"step_labels.{rank()}.jsonl" if rank() else "step_labels.jsonl")
+    found = search.read_labels(model_folder)
+    if any(label.options != options for label in found):
+        raise InputError(f"{model_folder} holds labels of another --data, --weight, --sigma, --camera, "
+                         "--clip-noisy, --size, --counts or --seed; give the same ones, remove "
+                         "step_labels*.jsonl, or name another --model folder")
+    search.drop_torn_line(path)
+    made_with = {**folder.made_with(model_folder), "options": options}
+    mine, done = range(rank(), args.patches, world_size()), {label.n for label in found}
     todo = [n for n in mine if n not in done]
+    todo.sort(key=lambda n: draw_item(args, sets, weights, n)[:2])  # so that each picture is decoded once
+    together = max(1, model.batch * tiling.PATCH ** 2 // args.size ** 2)
     started, failures = time.time(), []
-    for place, n in enumerate(todo):
-        generator = np.random.default_rng([args.seed, crops.LABELS, n])
-        chosen = int(generator.choice(len(sets), p=weights / weights.sum()))
-        item = sets[chosen][generator.integers(len(sets[chosen]))]
-        try:
-            clean, noisy = item.read()
-        except InputError as error:
-            failures.append(str(error))
-            continue
-        top, left = crops.random_place(clean, args.size, generator)
-        sigma, clip = mix.draw(generator) if noisy is None else (None, False)
-        label = {"n": n, "set": chosen, "image": item.name, "top": top, "left": left, "size": args.size, "sigma": sigma,
-                 "clip": clip, "seed": int(generator.integers(2 ** 32)), **made_with}
-        label["lpips"] = lpips_of_each_step(model, lpips, *labels.patch(clean, noisy, label), label["seed"], counts)
-        label["best"] = min(counts, key=lambda T: label["lpips"][STEPS.index(T)])  # ties go to the smaller step
-        labels.append(path, label)
-        missing = len(todo) - place - 1
-        rate = (place + 1) / (time.time() - started)
-        remaining = timedelta(seconds=round(missing / rate))
-        print(f"patch {len(mine) - missing}/{len(mine)}  {rate:.2f} patches/s  left {remaining}",
-              end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-    distributed.wait_for_all()
+    for first in range(0, len(todo), together):
+        drawn = []
+        for n in todo[first:first + together]:
+            try:
+                drawn.append(draw_patch(args, sets, weights, n, made_with))
+            except InputError as error:
+                failures.append(str(error))
+        if drawn:
+            labels, noisy, clean = zip(*drawn)
+            of_each = search.label_patches(model, lpips, torch.stack(noisy), torch.stack(clean),
+                                           [label.seed for label in labels], counts)
+            for label, values in zip(labels, of_each):
+                append_line(path, json.dumps(label._replace(lpips=values)._asdict()))
+        report(len(mine), len(todo), min(first + together, len(todo)), started)
+    wait_for_all()
     if failures:
-        raise InputError(f"{len(failures)} of the patches are not labelled: {'; '.join(dict.fromkeys(failures))}")
+        raise InputError(f"{len(failures)} of the patches are not labelled: "
+                         f"{'; '.join(dict.fromkeys(failures))}")
     return 0
 
 
-def lpips_of_each_step(model, lpips, noisy, clean, seed, counts=STEPS):
-    """noisy, clean: (3, H, W) in [0, 1]; one noise seed for all step counts -> list of 11 LPIPS values, None where not tried."""
-    y = model.at_each_step(noisy[None].to(model.device), seed, counts).clamp(0, 1)  # (N, 3, H, W)
-    with torch.no_grad():
-        values = lpips(y, clean.expand_as(y).to(model.device)).tolist()
-    tried = dict(zip(counts, values))
-    return [round(tried[T], 6) if T in tried else None for T in STEPS]
+def draw_item(args, sets, weights, n):
+    """-> (place of patch n's data set, its picture's place in it, the generator for what is drawn next)."""
+    generator = np.random.default_rng([args.seed, LABELS, n])
+    chosen = int(generator.choice(len(sets), p=weights))
+    return chosen, int(generator.integers(len(sets[chosen]))), generator
+
+
+@functools.lru_cache(maxsize=1)
+def read(item):
+    return item.read()
+
+
+def draw_patch(args, sets, weights, n, made_with):
+    """Patch n, a function of the options -> (its Label without LPIPS, noisy, clean (3, size, size))."""
+    chosen, index, generator = draw_item(args, sets, weights, n)
+    item = sets[chosen][index]
+    clean, noisy = read(item)
+    top, left = random_place(clean, args.size, generator)
+    mix = NoiseMix(args.sigma, args.camera, args.clip_noisy)
+    sigma, clip = mix.draw(generator) if noisy is None else (None, False)
+    label = search.Label(n, chosen, item.name, top, left, args.size, sigma, clip,
+                         int(generator.integers(2 ** 32)), lpips=[], **made_with)
+    return label, *search.labelled_patch(clean, noisy, label)
+
+
+def report(mine, todo, done, started):
+    rate = done / (time.time() - started)
+    left = timedelta(seconds=round((todo - done) / rate))
+    print(f"patch {mine - todo + done}/{mine}  {rate:.2f} patches/s  left {left}",
+          end="\033[K\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

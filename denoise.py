@@ -4,8 +4,8 @@
     python denoise.py photos denoised --steps 20 --detail 0.5
     python denoise.py noisy.jpg clean.png --save-parts parts
 
-PNG, JPEG, TIFF and WebP; the extension of OUT names the format. Grey, alpha, 16 bits, EXIF data and colour profile stay
-where that format can hold them; what it cannot hold is said in a note.
+PNG, JPEG, TIFF and WebP; the extension of OUT names the format. Grey, alpha, 16 bits, EXIF data and colour
+profile stay where that format can hold them; what it cannot hold is said in a note.
 """
 
 import argparse
@@ -16,60 +16,46 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from rng.errors import InputError, script
-from rng.files import make_folder
-from rng.images import EXTENSIONS, check_writable, read_picture, write_picture
 from rng.pipeline import RnG
+from rng.support import device
+from rng.support.data import left_out, pictures_in
+from rng.support.errors import InputError, Parser, make_folder, number, script
+from rng.support.images import EXTENSIONS, check_writable, read_picture, write_picture
 from rng.tiling import OVERLAP, STRIDE
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="IN", type=Path, help="a picture, or a folder of pictures")
-    parser.add_argument("output", metavar="OUT", type=Path, help="the file to write, or the folder, if IN is a folder")
-    parser.add_argument("--steps", default="auto", metavar="auto|N",
-                        help="steps for every patch, 0 to 2000; auto lets the step controller choose (default)")
-    parser.add_argument("--detail", type=float, default=1.0,
-                        help="how much generated detail to add: 0 (reconstruction alone) to 2, in units of the schedule's own "
-                             "(default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generated detail (default 0)")
-    parser.add_argument("--model", default="default", help="a model folder, or the name of a model that ships")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="auto (default) takes bfloat16 where it is faster")
-    parser.add_argument("--batch", type=int, help="patches per network call (default: a constant per device)")
-    parser.add_argument("--overwrite", action="store_true", help="allow OUT to be IN itself")
-    parser.add_argument("--resume", action="store_true", help="leave out pictures whose result is there already")
-    parser.add_argument("--save-parts", type=Path, metavar="DIR",
-                        help="also write NAME_recon.png, NAME_residual.png (0.5 + 4 x residual), NAME_steps.png")
-    args = parser.parse_args(argv)
+def steps_or_auto(text):
+    if text == "auto":
+        return text
+    if not (text.isdecimal() and int(text) <= 2000):
+        raise argparse.ArgumentTypeError(f"{text} is not possible, give auto or a whole number up to 2000")
+    return int(text)
 
-    if args.steps != "auto":
-        if not (args.steps.isdecimal() and int(args.steps) <= 2000):
-            raise InputError(f"--steps {args.steps} is not possible; give auto or a whole number from 0 to 2000")
-        args.steps = int(args.steps)
-    if not 0 <= args.detail <= 2:
-        raise InputError(f"--detail {args.detail} is not possible; give a number from 0 (reconstruction alone) to 2")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed} is not possible; give a whole number from 0")
+
+def parse(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("input", metavar="IN", type=Path, help="a picture, or a folder of pictures")
+    add("output", metavar="OUT", type=Path, help="the file to write, or the folder, if IN is a folder")
+    add("--steps", default="auto", metavar="auto|N", type=steps_or_auto,
+        help="steps for every patch, 0 to 2000; auto lets the step controller choose (default)")
+    add("--detail", type=number(float, 0, 2), default=1.0,
+        help="how much generated detail to add: 0 (reconstruction alone) to 2, in units of the schedule's "
+             "own (default: 1)")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the generated detail (default: 0)")
+    add("--model", default="default", help="model folder, or a model that ships (default: default)")
+    device.add_arguments(parser)
+    add("--batch", type=number(int, 1), help="patches per network call (default: a constant per device)")
+    add("--overwrite", action="store_true", help="allow OUT to be IN itself")
+    add("--resume", action="store_true", help="leave out pictures whose result is there already")
+    add("--save-parts", type=Path, metavar="DIR",
+        help="also write NAME_recon.png, NAME_residual.png (0.5 + 4 x residual), NAME_steps.png (black 0, "
+             "white 100 steps)")
+    args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         raise InputError("--resume leaves results alone and --overwrite replaces inputs; give one of them")
-    if args.batch is not None and args.batch < 1:
-        raise InputError(f"--batch {args.batch} is not possible; give a whole number from 1")
     return args
-
-
-def pictures_in(folder):
-    try:
-        files = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror.lower()}; name another") from error
-    files = [file for file in files if file.suffix.lower() in EXTENSIONS and file.is_file() and file.name[0] != "."]
-    if not files:
-        raise InputError(f"{folder} holds no picture; supported are {', '.join(EXTENSIONS)}")
-    return files
 
 
 def plan(source, out, parts_folder, overwrite):
@@ -78,19 +64,26 @@ def plan(source, out, parts_folder, overwrite):
         raise InputError(f"{source} does not exist; name a picture, or a folder of pictures")
     is_folder = source.is_dir()
     sources = pictures_in(source) if is_folder else [source]
+    if not sources:
+        raise InputError(f"{source} holds no picture{left_out(source)}; supported are "
+                         f"{', '.join(EXTENSIONS)}")
+    if is_folder and left_out(source):
+        print(f"note: {source}: left out{left_out(source)}", file=sys.stderr)
 
     stems = Counter(path.stem for path in sources)
     jobs = []
     for path in sources:
         name = path.stem if stems[path.stem] == 1 else path.name
-        parts = [parts_folder / f"{name}_{part}.png" for part in ("recon", "residual", "steps")] if parts_folder else []
+        parts = [parts_folder / f"{name}_{part}.png"
+                 for part in ("recon", "residual", "steps")] if parts_folder else []
         jobs.append((path, out / path.name if is_folder else out, parts))
 
     written = [target for _, result, parts in jobs for target in (result, *parts)]
     inputs = {file_identity(path) for path in sources}
     for target in written:
         if os.path.exists(target) and file_identity(target) in inputs and not overwrite:
-            raise InputError(f"{target} is an input as well; give --overwrite to replace it, or name another OUT")
+            raise InputError(f"{target} is an input as well; give --overwrite to replace it, or name another "
+                             "OUT")
     if len({os.path.realpath(target) for target in written}) < len(written):
         raise InputError("results and parts would replace each other; give --save-parts a folder of its own")
     return jobs
@@ -103,7 +96,7 @@ def file_identity(path):
 
 
 def progress_line(name):
-    """Callable for RnG.denoise that keeps one line on the terminal, gone when all is done; None without a terminal."""
+    """For RnG.denoise: keeps one line on the terminal, gone when all is done; None without a terminal."""
     if not sys.stderr.isatty():
         return None
     start = time.perf_counter()
@@ -117,51 +110,63 @@ def progress_line(name):
 
 
 def steps_picture(steps, height, width):
-    """The step map as a picture, uint8 (height, width, 3): a block and a number for each patch, black 0, white 100.
+    """The step map as a picture, uint8 (height, width, 3): black 0, white 100 steps; steps: int (rows, cols).
 
-    steps: int (rows, cols). Neighbouring blocks meet in the middle of their patches' overlap.
+    Neighbouring blocks meet in the middle of their patches' overlap.
     """
-    picture = Image.new("RGB", (width, height))
-    draw = ImageDraw.Draw(picture)
-    rows, cols = ([0, *(STRIDE * i + OVERLAP // 2 for i in range(1, count)), size]
-                  for count, size in zip(steps.shape, (height, width)))
-    for (row, col), count in np.ndenumerate(steps):
-        top, bottom, left, right = rows[row], rows[row + 1], cols[col], cols[col + 1]
-        level = min(255, round(2.55 * count))
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=(level,) * 3)
-        font = ImageFont.load_default(size=max(1, min(144, right - left, bottom - top) // 3))
-        draw.text(((left + right) / 2, (top + bottom) / 2), str(count), fill="white" if level < 128 else "black",
-                  font=font, anchor="mm")
-    return np.array(picture)
+    levels = np.minimum(255, np.round(2.55 * steps)).astype(np.uint8)
+    rows, cols = (np.clip((np.arange(side) - OVERLAP // 2) // STRIDE, 0, count - 1)
+                  for side, count in zip((height, width), steps.shape))
+    return np.repeat(levels[rows][:, cols, None], 3, axis=2)
 
 
 def residual_picture(residual):
     """What g added as a picture: four times as strong around grey; float16 (H, W, 3) -> uint8."""
     picture = np.empty(residual.shape, np.uint8)
-    for top in range(0, len(residual), STRIDE):  # in bands: float32 takes four times the memory of the picture
+    for top in range(0, len(residual), STRIDE):  # in bands: float32 takes four times the picture's memory
         band = residual[top:top + STRIDE].astype(np.float32)
         picture[top:top + STRIDE] = (255 * np.clip(0.5 + 4 * band, 0, 1)).round()
     return picture
+
+
+def used_span(pixels):
+    """(low, high) of a 16-bit picture that uses less than a quarter of its range, as from a microscope; else
+    None."""
+    if pixels.dtype != np.uint16:
+        return None
+    some = pixels[::max(1, len(pixels) // 1000)]
+    low, high = np.quantile(some, (0.001, 0.999))  # a few stars may lie above
+    room = 0.1 * (high - low)
+    return (low - room, high + room) if 0 < high - low < 65535 / 4 else None
+
+
+def between(pixels, span):
+    """uint16 pixels, `span` stretched to their full range -> (stretched, the function that undoes it)."""
+    levels, (low, high) = np.arange(65536), span
+    there = (np.clip((levels - low) / (high - low), 0, 1) * 65535).round().astype(np.uint16)
+    back = np.clip(levels / 65535 * (high - low) + low, 0, 65535).round().astype(np.uint16)
+    return there[pixels], lambda result: np.where(pixels > high, pixels, back[result])
 
 
 def denoise(model, source, target, part_files, args):
     """One picture, from file to file."""
     start = time.perf_counter()
     picture = read_picture(source)
-    if args.input.is_dir():
-        make_folder(args.output)
-    if part_files:
-        make_folder(args.save_parts)
     for path in (target, *part_files):
+        make_folder(path.parent)
         check_writable(path, picture.pixels.shape)
 
-    result = model.denoise(picture.pixels, steps=args.steps, seed=args.seed, detail=args.detail, batch=args.batch,
-                           progress=progress_line(source.name), parts=bool(part_files) or "steps")
-    notes = [*picture.notes, *write_picture(target, result.image, picture)]
+    pixels, undo, notes = picture.pixels, lambda result: result, list(picture.notes)
+    if span := used_span(pixels):
+        pixels, undo = between(pixels, span)
+        notes.append("it uses a small part of its 16 bits: denoised over {:.0f} to {:.0f}".format(*span))
+    result = model.denoise(pixels, args.steps, args.seed, args.detail, progress_line(source.name),
+                           parts=bool(part_files) or "steps")
+    notes += write_picture(target, undo(result.image), picture)
     height, width = picture.pixels.shape[:2]
     if part_files:
         recon, residual, steps = part_files
-        write_picture(recon, result.recon, picture)
+        write_picture(recon, undo(result.recon), picture)
         write_picture(residual, residual_picture(result.residual))
         write_picture(steps, steps_picture(result.steps, height, width))
 
@@ -176,7 +181,7 @@ def denoise(model, source, target, part_files, args):
 def main(argv=None):
     args = parse(argv)
     jobs = plan(args.input, args.output, args.save_parts, args.overwrite)
-    model = RnG.load(args.model, device=args.device, precision=args.precision)
+    model = RnG.load(args.model, args.device, args.precision, args.batch)
     failures = []
     for source, target, part_files in jobs:
         if args.resume and all(os.path.exists(path) for path in (target, *part_files)):
@@ -185,7 +190,7 @@ def main(argv=None):
             denoise(model, source, target, part_files, args)
         except InputError as error:
             failures.append(str(error))
-    for sentence in dict.fromkeys(failures):        # a fault of the model is the same for every picture: say it once
+    for sentence in dict.fromkeys(failures):  # a fault of the model is the same for every picture
         print(f"error: {sentence}", file=sys.stderr)
     return 2 if failures else 0
 

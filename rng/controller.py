@@ -1,4 +1,4 @@
-"""s, the step controller of Sec. 3.2: a small classifier that gives each noisy patch its number of inverse steps."""
+"""s, the step controller of Sec. 3.2: gives each noisy patch its number of inverse steps."""
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ class ConvBlock(nn.Sequential):
 class StepController(nn.Module):
     """Eight convolutional blocks, max-pooling after blocks 2, 5, 6 and 8, residual connections 2->4 and 6->8.
 
-    c: channels of the first block. The paper gives the layers but not the widths; its pools and residuals are those of
-    the ResNet-9 plan, whose widths are c, 2c | 2c, 2c | 4c | 8c | 8c, 8c with c = 64.
+    c: channels of the first block. The paper gives the layers but not the widths; its pools and residuals are
+    those of the ResNet-9 plan, whose widths are c, 2c | 2c, 2c | 4c | 8c | 8c, 8c with c = 64.
     """
 
     def __init__(self, c=64):
@@ -40,5 +40,5 @@ class StepController(nn.Module):
         return self.fc(h)                    # (N, 11); the softmax is in the cross-entropy
 
     def predict_steps(self, x):
-        """x: noisy patches (N, 3, H, W) in [0, 1] -> the most probable number of inverse steps, (N,) int64."""
+        """x: noisy patches (N, 3, H, W) in [0, 1] -> the most probable number of steps, (N,) int64."""
         return torch.tensor(STEPS, device=x.device)[self(x).argmax(dim=1)]

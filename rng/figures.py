@@ -1,150 +1,103 @@
-"""Charts and picture grids, drawn with Pillow: the figures of the paper and of the README.
-
-    python -m rng.figures runs/rng curves.png      training curves of a model folder
-"""
-
-import json
-import math
-import sys
-from pathlib import Path
-from typing import NamedTuple
+"""The paper's figures: the plane of Fig. 1, patches over steps, crops side by side, what g adds."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
 
-from rng.errors import InputError, script
-from rng.images import write_picture
+from rng import ddpm, tiling
+from rng.controller import STEPS
+from rng.scoring import centre
+from rng.support.charts import Series, captioned, chart
+from rng.support.images import to_8_bit, to_tensor
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
-FINE = 3          # charts are drawn so many times larger, then reduced: Pillow's lines are not smoothed
-MARGIN = 72, 28, 16, 52  # left, top, right and bottom of a chart's axes, pixels
-
-
-class Series(NamedTuple):
-    """One line or set of points of a chart; an empty name stays out of the legend; labels: a word beside each point."""
-
-    name: str
-    x: list
-    y: list
-    labels: tuple = ()
+CROP = 128     # side of the crops of Figs. 4 and 6, shown twice as large
+AMPLIFY = 4    # residuals are shown this many times larger, around grey
 
 
-def ticks(low, high, most=6):
-    """Round numbers from low to high, at most `most` + 1 of them: 1, 2 or 5 times a power of ten apart."""
-    raw = (high - low) / most
-    power = 10 ** math.floor(math.log10(raw))
-    apart = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    return [apart * i for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
+def perception_distortion(rows, title=""):
+    """scoring.Rows -> Fig. 1's plane, an Image: lines for the fixed step counts and RnG's details, else points."""
+    series = []
+    counts = {row.method.steps: row for row in rows if row.method.kind == "fixed"}  # the last detail
+    details = {f"{row.method.detail:g}": row for row in rows if row.method.kind == "auto"}
+    for name, line in ("fixed steps", counts), ("RnG", details):
+        if line:
+            labels = [str(label) for label in line] if len(line) > 1 else ()
+            series.append(Series(name, [row.psnr for row in line.values()],
+                                 [row.lpips for row in line.values()], labels))
+    series += [Series(row.method.name, [row.psnr], [row.lpips]) for row in rows
+               if row.method.kind not in ("fixed", "auto")]
+    return chart(series, "PSNR, dB", "LPIPS, lower is better", title)
 
 
-def chart(series, x_label, y_label, title="", size=(600, 380)):
-    """Lines and points over two axes -> Image of `size` pixels."""
-    width, height = (FINE * side for side in size)
-    font = ImageFont.load_default(size=FINE * 12)
-    left, top, right, bottom = (FINE * side for side in MARGIN)
-    right += max(20 * FINE + font.getlength(one.name) if one.name else 0 for one in series)  # for the legend
-    right, bottom = width - right, height - bottom
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def limits(values):
-        low, high = min(values), max(values)
-        room = 0.1 * (high - low) or 0.1 * abs(high) or 1
-        return low - room, high + room
-
-    (x_low, x_high), (y_low, y_high) = (limits([v for s in series for v in s[axis]]) for axis in (1, 2))
-
-    def place(x, y):
-        return (left + (x - x_low) / (x_high - x_low) * (right - left),
-                bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
-
-    for value in ticks(x_low, x_high):
-        x, _ = place(value, y_low)
-        draw.line((x, top, x, bottom), "#dddddd", FINE)
-        draw.text((x, bottom + 5 * FINE), f"{value:g}", "black", font, "ma")
-    for value in ticks(y_low, y_high):
-        _, y = place(x_low, value)
-        draw.line((left, y, right, y), "#dddddd", FINE)
-        draw.text((left - 5 * FINE, y), f"{value:g}", "black", font, "rm")
-    draw.rectangle((left, top, right, bottom), outline="black", width=FINE)
-
-    for n, (one, colour) in enumerate(zip(series, COLOURS * len(series))):
-        points = [place(x, y) for x, y in zip(one.x, one.y)]
-        if len(points) > 1:
-            draw.line(points, colour, 2 * FINE, joint="curve")
-        for x, y in points if len(points) < 30 else []:
-            draw.circle((x, y), 3.5 * FINE, colour)
-        up = n % 2 == 0  # the labels of two lines that meet stay apart
-        for (x, y), label in zip(points, one.labels):
-            draw.text((x, y + (-5 if up else 5) * FINE), label, colour, font, "md" if up else "ma")
-        if one.name:
-            y = top + (10 + 16 * n) * FINE
-            draw.rectangle((right + 6 * FINE, y - 4 * FINE, right + 14 * FINE, y + 4 * FINE), colour)
-            draw.text((right + 20 * FINE, y), one.name, "black", font, "lm")
-
-    draw.text(((left + right) / 2, height - 6 * FINE), x_label, "black", font, "md")
-    draw.text((left, top - 6 * FINE), y_label, "black", font, "ld")
-    draw.text((right, top - 6 * FINE), title, "black", font, "rd")
-    return image.resize(size, Image.Resampling.LANCZOS)
+def to_patch(image, device):
+    """numpy (H, W, 3), uint8 or float32 -> its centre as (1, 3, H', W'), H' and W' at most 256."""
+    return to_tensor(centre(image, tiling.PATCH))[None].to(device)
 
 
-def captioned(picture, text, zoom=1):
-    """picture: uint8 (H, W, 3), enlarged without smoothing -> Image with a line of text below it."""
-    picture = Image.fromarray(picture)
-    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
-    canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
-    canvas.paste(picture)
-    centre = canvas.width / 2, picture.height + 11
-    ImageDraw.Draw(canvas).text(centre, text, "black", ImageFont.load_default(size=13), "mm")
-    return canvas
+def shown(y, text):
+    """(1, 3, H, W) in [0, 1] -> Image with its caption, about 256 pixels wide."""
+    image = to_8_bit(y[0].permute(1, 2, 0).cpu().numpy())
+    return captioned(image, text, zoom=max(1, tiling.PATCH // y.shape[3]))
 
 
-def grid(rows, gap=6):
-    """Images side by side and in rows -> Image; rows: lists of Images."""
-    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    heights = [max(image.height for image in row) for row in rows]
-    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(rows) - 1)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            canvas.paste(image, (sum(widths[:x]) + gap * x, sum(heights[:y]) + gap * y))
-    return canvas
+def steps_row(model, lpips, clean, noisy, seed):
+    """A row of Fig. 3: the centre patch after 0, best and 100 steps, the truth, and -LPIPS over all counts."""
+    x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
+    noise, y_r = tiling.NoiseField([(seed, 0, 0)], *x.shape[2:], model.device), model.reconstruct(x)
+    candidates = torch.cat([y_r + model.schedules.detail(T) * model.generate(x, y_r, T, noise)
+                            for T in STEPS]).clamp(0, 1)
+    with torch.no_grad():
+        scores = -lpips(candidates.cpu(), y.cpu().expand_as(candidates))
+    best = int(scores.argmax())
+    three = [shown(candidates[i:i + 1], f"{name}: {STEPS[i]} steps, -LPIPS {scores[i]:.4f}")
+             for name, i in (("min", 0), ("best", best), ("max", len(STEPS) - 1))]
+    curve = chart([Series("", list(STEPS), scores.tolist())], "steps", "-LPIPS", size=(360, 278))
+    return [*three, shown(y, "ground truth"), curve]
 
 
-def training_curves(folder):
-    """PSNR, loss and LPIPS against iterations, from train_recon.jsonl and train_gen.jsonl of a model folder -> Image."""
-    charts = []
-    for stage, network in (("recon", ""), ("gen", "RnG, fixed steps")):
-        path = folder / f"train_{stage}.jsonl"
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            validated = [n for n, line in enumerate(lines) if "psnr" in line and "loss" in line]
-            iterations = [lines[n]["iteration"] + 0 for n in validated]
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{path} is damaged; remove it, or the line that is no JSON") from error
-        for key in ("loss", "psnr", "lpips"):
-            curves = {network: key, "r": f"{key}_recon"}
-            if key == "loss":  # noisy: its mean since the validation before
-                means = [np.mean([line["loss"] for line in lines[start:stop]])
-                         for start, stop in zip([0, *(n + 1 for n in validated)], (n + 1 for n in validated))]
-                series = [Series("", iterations, means)]
-            else:
-                series = [Series(name, iterations, [lines[n][column] for n in validated])
-                          for name, column in curves.items() if validated and column in lines[validated[0]]]
-            if validated and series:
-                charts.append(chart(series, "iterations", key.upper() if key != "loss" else "training loss", path.name))
-    if not charts:
-        raise InputError(f"{folder} holds no train_recon.jsonl or train_gen.jsonl with validations; train first")
-    return grid([charts[i:i + 2] for i in range(0, len(charts), 2)])
+def crops_row(named, clean):
+    """A row of Figs. 4 and 6: {name: uint8 (H, W, 3)}, all cropped where "r alone" loses most detail."""
+    error = np.abs(named["r alone"].astype(float) - clean).mean(axis=2).cumsum(0).cumsum(1)
+    error = np.pad(error, ((1, 0), (1, 0)))  # summed-area table
+    side = min(CROP, *clean.shape[:2])
+    sums = error[side:, side:] - error[:-side, side:] - error[side:, :-side] + error[:-side, :-side]
+    top, left = np.unravel_index(sums.argmax(), sums.shape)
+    return [captioned(image[top:top + side, left:left + side], name, zoom=2)
+            for name, image in named.items()]
 
 
-@script
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 2:
-        raise InputError("give a model folder and the PNG file to write: python -m rng.figures runs/rng curves.png")
-    write_picture(argv[1], np.asarray(training_curves(Path(argv[0]))))
-    return 0
+def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 1)):
+    """Fig. 5 for the centre patch: g's d_0 at several t of one run, the sum, the spectra of the residuals.
+
+    Every d_0 is scaled by the schedule's detail, as in the sum.
+    """
+    x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
+    y_r = model.reconstruct(x)
+    scale, estimates = model.schedules.detail(steps) / model.settings.residual_scale, []
+
+    def g(condition, d_t, gamma):
+        eps_hat = model.g(condition, d_t, gamma)
+        estimates.append(scale * ddpm.estimate(d_t, eps_hat.float(), gamma))  # Eq. 1 solved for d_0
+        return eps_hat
+
+    noise = tiling.NoiseField([(seed, 0, 0)], *x.shape[2:], model.device)
+    d_0 = scale * ddpm.sample(g, model.condition(x, y_r), model.schedules.of(steps), noise)
+
+    def grey(residual):
+        return (0.5 + AMPLIFY * residual).clamp(0, 1)
+
+    first = [shown(x, "noisy x"), shown(y_r, "r(x)"), shown(y_r + d_0, "r(x) + d_0"), shown(y, "truth y")]
+    second = [shown(grey(estimates[steps - t]), f"d_0 as seen at t = {t}") for t in times]
+    spectra = chart([Series("y - r(x)", *spectrum(y - y_r)), Series("d_0", *spectrum(d_0))],
+                    "frequency, cycles per pixel", "log10 of the power", size=(360, 278))
+    return [[*first, shown(grey(y - y_r), "y - r(x)")], [*second, spectra]]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def spectrum(residual, bins=32):
+    """Residual (1, 3, H, W) -> (frequencies, log10 of its power there, averaged over directions)."""
+    power = np.abs(np.fft.fft2(residual[0].cpu().numpy())) ** 2
+    height, width = power.shape[1:]
+    bins = min(bins, height // 2, width // 2)  # a small patch has fewer, or some would be empty
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    index = np.minimum((2 * bins * frequency).astype(int), bins)  # bin `bins` gathers the corners beyond 0.5
+    mean = [power[:, index == i].mean() / (height * width) for i in range(bins)]
+    return [(i + 0.5) / (2 * bins) for i in range(bins)], np.log10(mean).tolist()

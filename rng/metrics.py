@@ -1,8 +1,9 @@
 """PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used (see README).
 
-Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). No metric guesses the range of its
-input: anything outside [0, 1], not finite or of another shape raises ValueError. To score as the paper does, round the
-pictures to 8 bit first. PSNR, SSIM and NIQE are computed in float64 on the CPU; LPIPS in float32 on its own device.
+Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). No metric guesses the range
+of its input: values outside [0, 1], not finite or of another shape raise ValueError. To score as the paper
+does, round the pictures to 8 bit first. PSNR, SSIM and NIQE run in float64 on the CPU, LPIPS in float32 on
+its own device.
 """
 
 import os
@@ -18,7 +19,7 @@ from scipy.special import gamma
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from rng.errors import InputError
+from rng.support.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 LPIPS_SIZE = 31  # pixels a side: what AlexNet's pools leave something of
@@ -28,9 +29,11 @@ ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 def _check(x, *others):
     for picture in (x, *others):
         if picture.ndim != 4 or picture.shape[1] != 3 or not picture.is_floating_point():
-            raise ValueError(f"expected float pictures (N, 3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+            raise ValueError(f"expected float pictures (N, 3, H, W), got {picture.dtype} "
+                             f"{tuple(picture.shape)}")
         if picture.shape != x.shape:
-            raise ValueError(f"the pictures have different shapes, {tuple(x.shape)} and {tuple(picture.shape)}")
+            raise ValueError(f"the pictures have different shapes, {tuple(x.shape)} and "
+                             f"{tuple(picture.shape)}")
         if not ((picture >= 0) & (picture <= 1)).all():  # false for NaN too
             raise ValueError("the pictures must be finite and lie in [0, 1]")
 
@@ -71,23 +74,24 @@ with np.load(WEIGHTS / "niqe_pris_params.npz", allow_pickle=False) as _pristine:
     PRISTINE_COV = _pristine["cov_pris_param"]  # (36, 36)
     GAUSSIAN_WINDOW = _pristine["gaussian_window"]  # (7, 7), sigma 7/6
 BLOCK = 96  # pixels; half as many at half size
-HALF_SIZE_TAPS = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256  # MATLAB's imresize(x, 0.5): antialiased bicubic
+HALF_SIZE_TAPS = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256  # MATLAB's antialiased bicubic imresize
 
-# A generalised Gaussian of shape a has (E|v|)^2 / E[v^2] = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)), which grows with a.
 SHAPES = np.arange(0.2, 10.001, 0.001)  # the grid of the authors' MATLAB code, 0.2:0.001:10
+# (E|v|)^2 / E[v^2] for a generalised Gaussian of each shape, with which it grows
 SHAPE_RATIOS = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
 
 
 def niqe(x):
     """Natural image quality evaluator with the official pristine model, 0 or more; lower is better.
 
-    x: (N, 3, H, W) in [0, 1] -> (N,) float64. The picture is cropped from the top left to 96x96 blocks; fewer than two
-    raise ValueError. NaN where fewer than two blocks have any structure. In large flat areas the sign of rounding errors
-    counts, in every implementation: on such pictures the published ones differ by some percent.
+    x: (N, 3, H, W) in [0, 1] -> (N,) float64, NaN where fewer than two blocks have any structure. The picture
+    is cropped from the top left to 96x96 blocks; fewer than two raise ValueError. In large flat areas the
+    sign of rounding errors counts, so there the published implementations differ by some percent.
     """
     _check(x)
     if (x.shape[2] // BLOCK) * (x.shape[3] // BLOCK) < 2:
-        raise ValueError(f"NIQE needs at least two blocks of {BLOCK}x{BLOCK} pixels, got {x.shape[2]}x{x.shape[3]}")
+        raise ValueError(f"NIQE needs at least two blocks of {BLOCK}x{BLOCK} pixels, got "
+                         f"{x.shape[2]}x{x.shape[3]}")
     return torch.tensor([_niqe(luma) for luma in _luma(x)], dtype=torch.float64)
 
 
@@ -97,11 +101,11 @@ def _niqe(luma):
     luma = luma[: rows * BLOCK, : cols * BLOCK]
     features = []
     for size, plane in ((BLOCK, luma), (BLOCK // 2, _half_size(luma))):
-        blocks = _normalise(plane).reshape(rows, size, cols, size).swapaxes(1, 2)        # (rows, cols, size, size)
-        features += _block_features(blocks.reshape(-1, size, size))                      # 18 more, each (rows * cols,)
+        blocks = _normalise(plane).reshape(rows, size, cols, size).swapaxes(1, 2)  # (rows, cols, size, size)
+        features += _block_features(blocks.reshape(-1, size, size))  # 18 more, each (rows * cols,)
     features = np.stack(features, axis=1)                                                # (rows * cols, 36)
 
-    complete = features[~np.isnan(features).any(axis=1)]                                 # (B, 36), B <= rows * cols
+    complete = features[~np.isnan(features).any(axis=1)]  # (B, 36), B <= rows * cols
     if len(complete) < 2:
         return np.nan
     difference = np.nanmean(features, axis=0) - PRISTINE_MEAN                            # (36,)
@@ -117,7 +121,7 @@ def _half_size(plane):
 
 def _normalise(plane):
     """(H, W), 0 to 255 -> the same shape: (plane - local mean) / (local standard deviation + 1)."""
-    # In two dimensions though the window is separable: the rounding errors in flat areas differ (see niqe).
+    # Not as two one-dimensional windows: the rounding errors in flat areas would differ (see niqe).
     mean = correlate(plane, GAUSSIAN_WINDOW, mode="nearest")
     variance = correlate(plane**2, GAUSSIAN_WINDOW, mode="nearest") - mean**2
     return (plane - mean) / (np.sqrt(np.abs(variance)) + 1)
@@ -134,7 +138,7 @@ def _block_features(blocks):
 
 
 def _fit_aggd(blocks):
-    """Asymmetric generalised Gaussian fitted by moments to each of blocks (B, size, size): shape, two scales, each (B,)."""
+    """Fits asymmetric generalised Gaussians by moments: (B, size, size) -> shape and two scales, each (B,)."""
     square, negative, positive = blocks**2, blocks < 0, blocks > 0
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN where all values have one sign
         left = np.sqrt((square * negative).sum((1, 2)) / negative.sum((1, 2)))
@@ -142,8 +146,8 @@ def _fit_aggd(blocks):
         ratio = left / right
         asymmetry = (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
         moments = np.abs(blocks).mean((1, 2)) ** 2 / square.mean((1, 2)) * asymmetry
-    midpoints = (SHAPE_RATIOS[1:] + SHAPE_RATIOS[:-1]) / 2  # the nearest ratio, without comparing with all of them
-    shape = SHAPES[np.searchsorted(midpoints, np.nan_to_num(moments))]  # NaN: the smallest, as in MATLAB's min
+    midpoints = (SHAPE_RATIOS[1:] + SHAPE_RATIOS[:-1]) / 2  # to find the nearest ratio without comparing all
+    shape = SHAPES[np.searchsorted(midpoints, np.nan_to_num(moments))]  # NaN: smallest, as in MATLAB's min
     scale = np.sqrt(gamma(1 / shape) / gamma(3 / shape))
     return shape, left * scale, right * scale
 
@@ -152,11 +156,11 @@ def _fit_aggd(blocks):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance, AlexNet v0.1: 0 for equal pictures, differentiable, its own parameters frozen.
+    """Learned perceptual distance, AlexNet v0.1: 0 for equal pictures, differentiable, parameters frozen.
 
-    The linear heads are vendored. `backbone` names a file with torchvision's AlexNet (.pth, or .npz of its
-    convolutions); without it the environment variable RNG_ALEXNET does; without either the official file is downloaded
-    once into torch's cache. Raises rng.errors.InputError where no usable AlexNet can be had.
+    The linear heads are vendored. `backbone`, or else the environment variable RNG_ALEXNET, names a file with
+    torchvision's AlexNet (.pth, or .npz of its convolutions). Without either the official file is downloaded
+    once into torch's cache. Raises InputError where no usable AlexNet can be had.
     """
 
     def __init__(self, backbone=None):
@@ -181,23 +185,23 @@ class LPIPS(nn.Module):
         if min(x.shape[2:]) < LPIPS_SIZE:
             least, size = f"{LPIPS_SIZE}x{LPIPS_SIZE}", f"{x.shape[2]}x{x.shape[3]}"
             raise ValueError(f"LPIPS needs pictures of at least {least} pixels, got {size}")
-        both = torch.cat([x, y]).float().contiguous(memory_format=torch.channels_last)           # (2 N, 3, H, W)
+        both = torch.cat([x, y]).float().contiguous(memory_format=torch.channels_last)  # (2 N, 3, H, W)
         with torch.autocast(x.device.type, enabled=False):
-            layers = zip((z.chunk(2) for z in self._directions(both)), self.heads)               # five; heads (C, 1, 1)
-            return sum(F.conv2d((u - v).square(), head[None]).mean((1, 2, 3)) for (u, v), head in layers)  # (N,)
+            layers = zip((z.chunk(2) for z in self._directions(both)), self.heads)  # five; heads (C, 1, 1)
+            return sum(F.conv2d((u - v).square(), head[None]).mean((1, 2, 3)) for (u, v), head in layers)
 
     def _directions(self, x):
-        """x (N, 3, H, W) in [0, 1] -> yields the output of each ReLU, (N, C, h, w), of unit length over channels."""
+        """x (N, 3, H, W) in [0, 1] -> each ReLU's output, (N, C, h, w), of unit length over the channels."""
         x = (2 * x - 1 - self.shift) / self.scale           # (N, 3, H, W), normalised as AlexNet was trained
         for layer in self.features:
             x = layer(x)                                    # (N, C, h, w), C = 64, 192, 384, 256, 256
             if isinstance(layer, nn.ReLU):
-                # the package's 1e-10 beside the norm, squared: where all channels are 0
+                # for pixels where all channels are 0: the lpips package's 1e-10 beside the norm, squared
                 yield x * x.square().sum(1, keepdim=True).clamp_min(1e-20).rsqrt()  # (N, C, h, w)
 
 
 def _load_alexnet(features, backbone):
-    """Loads torchvision's AlexNet convolutions into `features` from the file named, or else from its official URL."""
+    """Loads torchvision's AlexNet convolutions into `features` from the file named, or the official URL."""
     backbone = backbone or os.environ.get("RNG_ALEXNET")
     remedy = f"get {ALEXNET_URL} and name the file with --lpips-backbone FILE or in RNG_ALEXNET"
     if backbone and not Path(backbone).is_file():
@@ -212,16 +216,17 @@ def _load_alexnet(features, backbone):
         else:
             state = torch.load(backbone, weights_only=True, map_location="cpu")
         prefix = "features."
-        features.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        features.load_state_dict({k.removeprefix(prefix): v for k, v in state.items()
+                                  if k.startswith(prefix)})
     except Exception as error:  # a damaged or foreign file fails in many ways, and so does a download
         if backbone:
-            raise InputError(f"{backbone} does not hold torchvision's AlexNet, or is damaged: {remedy}") from error
+            raise InputError(f"{backbone} does not hold torchvision's AlexNet: {remedy}") from error
         reason = shorten(str(error), 120)
         raise InputError(f"AlexNet for LPIPS could not be downloaded ({reason}): {remedy}") from error
 
 
 def load_lpips(backbone=None, device="cpu"):
-    """LPIPS on `device`; None, with a line on stderr, where AlexNet cannot be downloaded and no file was named.
+    """LPIPS on `device`; None and a line on stderr where no file is named and the download fails.
 
     For tables that can go without LPIPS. A file named (argument or RNG_ALEXNET) must load, else InputError.
     """

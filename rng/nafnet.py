@@ -1,4 +1,4 @@
-"""r, the reconstructive network: NAFNet (Chen et al., "Simple Baselines for Image Restoration", ECCV 2022).
+"""r and its loss (Eq. 4): NAFNet (Chen et al., "Simple Baselines for Image Restoration", ECCV 2022).
 
 Parameter names are those of the official code, so its checkpoints load as they are.
 """
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class LayerNorm2d(nn.Module):
-    """Layer normalisation over the channels of each pixel, (N, C, H, W) -> (N, C, H, W); eps as in the official code."""
+    """Normalises each pixel over its channels, (N, C, H, W) -> (N, C, H, W); eps as in the official code."""
 
     def __init__(self, channels, eps=1e-6):
         super().__init__()
@@ -18,14 +18,14 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x):                  # (N, C, H, W)
-        # channels-last memory makes both permutes free; float32 is exact, and faster than bfloat16 for few channels
+        # Channels-last memory makes both permutes free. For few channels float32 is faster than bfloat16.
         x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C)
         x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # (N, H, W, C)
         return x.permute(0, 3, 1, 2)       # (N, C, H, W) float32
 
 
 class SimpleGate(nn.Module):
-    """Half of the channels gates the other half, (N, 2C, H, W) -> (N, C, H, W): NAFNet's only nonlinearity."""
+    """NAFNet's only nonlinearity: half of the channels gates the rest, (N, 2C, H, W) -> (N, C, H, W)."""
 
     def forward(self, x):         # (N, 2C, H, W)
         a, b = x.chunk(2, dim=1)  # (N, C, H, W) each
@@ -33,7 +33,7 @@ class SimpleGate(nn.Module):
 
 
 def scaled(conv, scale, y):
-    """conv(y) * scale, (N, C, H, W), as one convolution: saves a pass over memory, and its gradient's.
+    """conv(y) * scale, (N, C, H, W), as one convolution, which saves a pass over memory and its gradient's.
 
     conv: 1x1, C to C channels; scale: (1, C, 1, 1); y: (N, C, H, W).
     """
@@ -41,7 +41,7 @@ def scaled(conv, scale, y):
 
 
 class NAFBlock(nn.Module):
-    """Depth-wise convolution, gate and channel attention, then a gated pointwise feed-forward part; shape in, shape out.
+    """Depth-wise convolution, gate, channel attention, then a gated pointwise part; (N, c, H, W) in and out.
 
     c: channels. beta and gamma start at zero, so a new block is the identity.
     """
@@ -72,7 +72,7 @@ class NAFNet(nn.Module):
     """Noisy image in, clean image out: a U-shaped stack of NAFBlocks around a global residual connection.
 
     width: channels at full resolution; they double at each of the len(enc) levels.
-    enc, dec: blocks per level, finest level first for enc and last for dec; middle: blocks at the coarsest level.
+    enc, dec: blocks per level, the finest first in enc and last in dec. middle: blocks at the coarsest level.
     """
 
     def __init__(self, width=64, enc=(2, 2, 4, 8), middle=12, dec=(2, 2, 2, 2)):
@@ -94,10 +94,10 @@ class NAFNet(nn.Module):
             self.decoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
 
     def forward(self, x):
-        """x: noisy images (N, 3, H, W), RGB in [0, 1] but for the noise, H and W from 1 -> r(x), the same shape, not clipped."""
+        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), alike, not clipped."""
         height, width = x.shape[-2:]
         multiple = 2 ** len(self.encoders)
-        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # (N, 3, H', W'); with zeros, as in the official code
+        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # (N, 3, H', W'), zeros as the authors do
         h = self.intro(x)                                            # (N, C, H', W'), C = width
         skips = []
         for encoder, down in zip(self.encoders, self.downs):
@@ -106,15 +106,21 @@ class NAFNet(nn.Module):
             h = down(h)                                              # (N, 2C, H'/2, W'/2) and so on
         h = self.middle_blks(h)                                      # (N, 16C, H'/16, W'/16) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
-            h = decoder(up(h) + skip)                                # (N, 8C, H'/8, W'/8) and so on, to (N, C, H', W')
+            h = decoder(up(h) + skip)  # (N, 8C, H'/8, W'/8) and so on, to (N, C, H', W')
         return (self.ending(h) + x)[..., :height, :width]            # (N, 3, H, W)
 
 
-def config_from_state_dict(state_dict):
-    """Reads width and block counts off the parameter names of an official NAFNet checkpoint.
+def reconstruction_loss(clean, estimate, kind="mse"):
+    """Eq. 4 with p = 2, mean ||y - r(x)||^2; kind "psnr" is NAFNet's own loss, the mean of -PSNR in dB.
 
-    Returns the arguments of NAFNet; raises KeyError if the names are not those of a NAFNet.
+    clean, estimate: (N, 3, H, W) in [0, 1]. NAFNet's 1e-8 keeps the logarithm finite where both are equal.
     """
+    squared = (clean - estimate.float()).square()
+    return squared.mean() if kind == "mse" else 10 * torch.log10(squared.mean(dim=(1, 2, 3)) + 1e-8).mean()
+
+
+def config_from_state_dict(state_dict):
+    """An official checkpoint's parameters -> arguments of NAFNet; KeyError if their names are not NAFNet's."""
     def count(prefix):
         return len({int(name[len(prefix):].split(".")[0]) for name in state_dict if name.startswith(prefix)})
 

@@ -1,25 +1,25 @@
-"""Algorithm 1 on a whole image: a model folder loaded, patches through r, s and g, and stitched."""
+"""Algorithm 1 on a picture of any size: cut into patches, which go through s, r and g, and are stitched."""
 
-import json
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rng import checkpoint, ddpm, device, tiling
-from rng.controller import STEPS
-from rng.errors import InputError
+from rng import ddpm, folder, tiling
+from rng.support.device import autocast, pick
+from rng.support.errors import InputError
+from rng.support.images import PEAK, to_pixels, to_tensor
 
-WEIGHTS = Path(__file__).parent / "weights"
-PEAK = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
-BATCH = {"cpu": 1, "cuda": 64}  # patches a call; of more than one a CPU's caches do not hold the activations, a GPU wants many
+BATCH = {"cpu": 1, "cuda": 64}  # 256-pixel patches a call; a CPU's caches do not hold more, a GPU wants many
 WIDEST = 16384  # pixels; of a wider picture a row of patches would need more than 1.5 GB
+FLOATS = -8, 8  # what float pictures may hold: [0, 1] and the noise, but not values up to 255
+DIVERGED = 100  # of |d_0| in [0, 1] units: even a g that is hardly trained stays below
 
 
 class Parts(NamedTuple):
-    """What denoise returns with parts: the picture, and what it is made of; with parts="steps" the step map alone."""
+    """What denoise returns with parts: the picture, what it is made of (not with parts="steps"), the steps.
+    """
 
     image: np.ndarray            # (H, W, 3), r(x) + residual
     recon: np.ndarray | None     # (H, W, 3), r(x)
@@ -27,264 +27,221 @@ class Parts(NamedTuple):
     steps: np.ndarray            # (rows, columns) int, inverse steps of each 256-pixel patch
 
 
-def condition(kind, x, y_r):
-    """What g is conditioned on: "noisy" x (the paper), "initial" r(x) (Table 1), or "both", concatenated."""
-    return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[kind]
-
-
-def load_schedule(path, gen):
-    """schedule.json -> (end points 1 - alpha_T, details, variance of ddpm.step), the first two each {steps: number}.
-
-    Without such a file both are empty and the variance is the paper's. gen: the fingerprint of g, or None.
-    """
-    if not path.exists():
-        return {}, {}, "paper"
-    try:
-        content = json.loads(path.read_text())
-        ends, details = ({int(steps): float(value) for steps, value in part.items()}
-                         for part in (content["end"], content.get("detail", {})))
-        searched_with, variance = content.get("gen", gen), content.get("variance", "paper")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} is damaged; remove it and run evaluate.py --search-schedule again") from error
-    if searched_with != gen:
-        raise InputError(f"{path} was searched with another gen.pt; run evaluate.py --search-schedule again")
-    if any(steps < 1 or not ddpm.BETA_1 <= end < 1 for steps, end in ends.items()):
-        raise InputError(f"{path} has an end point outside (0, 1); run evaluate.py --search-schedule again")
-    if any(not 0 <= detail <= 2 for detail in details.values()):
-        raise InputError(f"{path} has a detail outside [0, 2]; run evaluate.py --search-schedule again")
-    if variance not in ddpm.VARIANCES:
-        raise InputError(f"{path} has an unknown variance; run evaluate.py --search-schedule again")
-    return ends, details, variance
-
-
-def find_folder(name_or_folder):
-    """The model folder, or that of a model that ships in rng/weights; a path that exists wins."""
-    for folder in (Path(name_or_folder), WEIGHTS / name_or_folder):
-        if folder.is_dir():
-            return folder
-    raise InputError(f"there is no model {name_or_folder}; name a folder with recon.pt in it, or the default")
-
-
 class RnG:
-    """The three networks of a model folder, in eval mode on one device.
+    """The three networks in eval mode on one device.
 
-    recon: r; gen: g or None; settings: g's, as checkpoint.load_gen returns them; controller: s or None;
-    ends: {steps: end point of 1 - alpha}; counts that are not in it end at ddpm.default_end.
-    details: {steps: scale of d_0}; 1, the paper, for counts that are not in it. variance: that of ddpm.step.
+    recon: r; gen: g or None; settings: folder.GenSettings; controller: s or None; schedules:
+    folder.Schedules.
+    batch: 256-pixel patches a call of a network, of smaller ones more; by default a constant per device.
     """
 
-    def __init__(self, recon, gen=None, settings=None, controller=None, ends=None, details=None,
-                 device_name="auto", precision="auto", variance="paper"):
-        self.device, self.precision = device.pick(device_name), precision
-        self.batch = BATCH.get(self.device.type, BATCH["cpu"])
+    sample = staticmethod(ddpm.sample)  # Algorithm 1, lines 2 to 5; a subclass may bring another sampler
+
+    def __init__(self, recon, gen=None, settings=None, controller=None, schedules=folder.Schedules(),
+                 device="auto", precision="auto", batch=None):
+        self.device, self.precision = pick(device), precision
+        self.batch = batch or BATCH.get(self.device.type, BATCH["cpu"])
         self.recon, self.gen, self.controller = (
             network and network.to(self.device, memory_format=torch.channels_last).eval()
             for network in (recon, gen, controller))
-        self.settings, self.ends, self.details, self.variance = settings, ends or {}, details or {}, variance
+        self.settings, self.schedules = settings or folder.GenSettings(), schedules
 
     @classmethod
-    def load(cls, name_or_folder="default", device="auto", precision="auto", schedule=True):
-        """A model by its folder or name, as find_folder has it; schedule=False leaves schedule.json alone.
+    def load(cls, name_or_folder="default", device="auto", precision="auto", batch=None, schedule=True):
+        """A model by its folder or the name of one that ships; schedule=False leaves schedule.json alone.
 
-        Only recon.pt must be there: without gen.pt the only step count is 0, without controller.pt there is no "auto".
+        Only recon.pt must be there: without gen.pt the only step count is 0, without controller.pt there is
+        no "auto".
         """
-        folder = find_folder(name_or_folder)
-        recon = checkpoint.load_recon(folder / "recon.pt")
-        gen = settings = controller = None
-        if (folder / "gen.pt").exists():
-            gen, settings = checkpoint.load_gen(folder / "gen.pt")
-            if settings["recon"] not in (None, checkpoint.fingerprint(recon)):
-                raise InputError(f"{folder / 'gen.pt'} was trained with another recon.pt; bring back that one, or train g again")
-        ends, details, variance = None, None, "paper"
-        if schedule:
-            ends, details, variance = load_schedule(folder / "schedule.json", gen and checkpoint.fingerprint(gen))
-        if (folder / "controller.pt").exists():
-            controller, made_with = checkpoint.load_controller(folder / "controller.pt")
-            if gen and schedule and made_with not in (None, checkpoint.made_with(folder)):
-                raise InputError(f"{folder / 'controller.pt'} was trained for another gen.pt or schedule.json; bring those back, "
-                                 "or remove it and train s again")
-        return cls(recon, gen, settings, controller, ends, details, device, precision, variance)
-
-    def schedule(self, steps):
-        """The noise schedule for one step count."""
-        return ddpm.linear_schedule(steps, self.ends.get(steps, ddpm.default_end(steps)))
-
-    def detail_of(self, steps):
-        """The scale of d_0 for one step count: that of schedule.json, 1 without; 0 for r alone."""
-        return self.details.get(steps, 1.0) if steps else 0.0
+        return cls(*folder.load_model(folder.find(name_or_folder), schedule), device, precision, batch)
 
     @torch.inference_mode()
     def reconstruct(self, x):
         """r(x), not clipped: noisy patches (N, 3, H, W) in [0, 1] -> the same shape, float32."""
-        if self.settings and self.settings["target"] == "clean":
+        if self.settings.target == "clean":
             return torch.full_like(x, 0.5)  # Table 4's "generative part only"
-        with device.autocast(self.device, self.precision):
-            return self.recon(x.to(memory_format=torch.channels_last)).float()
+        return self._in_batches(self.recon, x)
 
     @torch.inference_mode()
-    def predict_steps(self, x):
-        """s(x): noisy patches (N, 3, H, W) in [0, 1] -> list of N step counts."""
+    def g(self, condition, d_t, gamma):
+        """g's estimate of the noise in d_t, float32, as UNet.forward."""
+        if self.gen is None:
+            raise InputError("this model has no gen.pt, it can only reconstruct; give --steps 0, or train g")
+        return self._in_batches(self.gen, condition, d_t, gamma)
+
+    @torch.inference_mode()
+    def s(self, x):
+        """The number of inverse steps for noisy patches (N, 3, H, W) in [0, 1] -> (N,) int64."""
         if self.controller is None:
             raise InputError("this model has no controller.pt, so it cannot choose the steps itself; "
                              "give --steps N, or train the controller")
-        with device.autocast(self.device, self.precision):
-            return self.controller.predict_steps(x).tolist()
+        return self._in_batches(self.controller.predict_steps, x)
+
+    def condition(self, x, y_r):
+        """What g sees: x (the paper), r(x) (Table 1), or both, concatenated."""
+        return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[self.settings.condition]
+
+    def generate(self, x, y_r, T, noise):
+        """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units."""
+        if T == 0:
+            return torch.zeros_like(x)
+        d_0 = self.sample(self.g, self.condition(x, y_r), self.schedules.of(T), noise)
+        return d_0 / self.settings.residual_scale
 
     @torch.inference_mode()
-    def generate(self, x, y_r, steps, noise, batch=None, callback=None):
-        """Algorithm 1, lines 2 to 5: d_0 in [0, 1] units, (N, 3, H, W), for patches x, y_r (N, 3, H, W).
-
-        steps: N ints, 0 costs nothing; noise, batch and callback as in ddpm.sample; batch by default a constant number of
-        pixels per device, so of smaller patches more. Not yet scaled by `detail_of`.
-        """
-        if max(steps, default=0) == 0:
-            return torch.zeros_like(x)
-        if self.gen is None:
-            raise InputError("this model has no gen.pt, so it can only reconstruct; give --steps 0, or train g")
-
-        def g(x, d_t, gamma):
-            with device.autocast(self.device, self.precision):
-                return self.gen(x.contiguous(memory_format=torch.channels_last), d_t, gamma)
-
-        batch = batch or max(1, self.batch * tiling.PATCH ** 2 // (x.shape[2] * x.shape[3]))
-        schedules = {T: self.schedule(T) for T in set(steps) if T > 0}
-        d_0 = ddpm.sample(g, condition(self.settings["condition"], x, y_r), steps, schedules, noise, self.variance,
-                          batch, callback)
-        return d_0 / self.settings["residual_scale"]
-
-    def at_each_step(self, x, seed, counts=STEPS):
-        """One noisy patch x (1, 3, H, W), H and W up to 256 -> y after each of these counts with one seed, (N, 3, H, W)."""
-        x = x.expand(len(counts), -1, -1, -1)
-        y_r = self.reconstruct(x[:1])
-
-        def noise(key, index):
-            field = tiling.patch_noise(seed, key, 0, 0, *x.shape[2:])
-            return field.expand(len(index), -1, -1, -1).to(self.device)
-
-        detail = torch.tensor([self.detail_of(T) for T in counts], device=self.device)[:, None, None, None]
-        return y_r + detail * self.generate(x, y_r.expand_as(x), list(counts), noise)
-
-    def denoise(self, image, steps="auto", seed=0, detail=1.0, batch=None, progress=None, parts=False):
+    def denoise(self, image, steps="auto", seed=0, detail=1.0, progress=None, parts=False):
         """Algorithm 1 on an image of any size.
 
         image: numpy (H, W, 3), RGB, uint8, uint16 or float32 in [0, 1] (noise may leave that range).
+        A 16-bit image that uses a small part of its range is stretched first, as denoise.py does.
         steps: "auto" asks s for each patch; N takes N steps everywhere, 0 gives r(x).
-        seed: of the generated detail; detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2, the user's
-        dial along the perception-distortion curve; batch: patches per network call, default a constant per device.
-        progress: called with the share of the work done, 0 to 1.
-        Pictures wider than WIDEST are denoised lying on their side.
-        Returns the picture, shape and dtype of `image`, in range; with parts=True a Parts, with parts="steps" one
-        without r(x) and the residual, which take 9 bytes a pixel.
+        seed: of the generated detail; detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2,
+        the user's dial along the perception-distortion curve.
+        progress: called with the share of the work done, 0 to 1. Pictures wider than WIDEST are denoised
+        lying on their side. Returns the picture, shape and dtype of `image`, in range; with parts=True a
+        Parts, with parts="steps" one without r(x) and the residual, which take 9 bytes a pixel. TypeError,
+        ValueError: an argument that cannot be. InputError: g has diverged.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in PEAK:
-            raise ValueError(f"image must be (H, W, 3) uint8, uint16 or float32, not {image.shape} {image.dtype}")
-        if steps != "auto" and (not isinstance(steps, int) or steps < 0):
-            raise ValueError(f'steps must be "auto" or a whole number from 0, not {steps!r}')
+        check(image, steps, seed, detail)
         if image.shape[1] > WIDEST >= image.shape[0]:
-            turned = self.denoise(image.transpose(1, 0, 2), steps, seed, detail, batch, progress, parts)
-            return Parts(*(part if part is None else part.swapaxes(0, 1) for part in turned)) if parts else turned.swapaxes(0, 1)
-        height, width = image.shape[:2]
-        grid = tiling.count(height), tiling.count(width)
-        out = np.empty_like(image)
-        recon, residual = (np.empty_like(image), np.empty(image.shape, np.float16)) if parts is True else (None, None)
-        steps = steps if detail else 0  # r alone needs neither s nor g
-        batch = batch or self.batch
-        if steps == "auto":
-            step_map, batch = as_fits(lambda batch: self._step_map(image, grid, batch), batch)
-        else:
-            step_map = np.full(grid, steps)
-        rows = self._denoised_rows(image, step_map, seed, detail, batch, progress)
-        top = 0
-        for band in tiling.stitch_rows(rows, width):                                  # (9, h, W)
-            here = slice(top, min(top + band.shape[1], height))
-            band = band[:, :here.stop - top].permute(1, 2, 0).numpy()                 # (h, W, 9)
-            out[here] = to_pixels(band[..., :3], image.dtype)
-            if parts is True:
-                recon[here], residual[here] = to_pixels(band[..., 3:6], image.dtype), band[..., 6:]
-            top = here.stop
-        return Parts(out, recon, residual, step_map) if parts else out
+            turned = self.denoise(image.transpose(1, 0, 2), steps, seed, detail, progress, parts)
+            if not parts:
+                return turned.swapaxes(0, 1)
+            return Parts(*(part if part is None else part.swapaxes(0, 1) for part in turned))
+        canvas = Canvas(image, parts is True)
+        step_map = self.step_map(image, steps if detail else 0)
+        details = detail * np.vectorize(self.schedules.detail, otypes=[float])(step_map)
+        tell = evaluations(progress, step_map)
 
-    def _step_map(self, image, grid, batch):
-        """s for every patch of the grid (rows, columns) -> int, the same shape."""
+        def g(condition, d_t, gamma):
+            return tell(self.g(condition, d_t, gamma))
+
+        for T, places, x in self.groups(image, step_map):
+            x = x.to(self.device)                                                               # (N, 3, h, w)
+            y_r = tell(self.reconstruct(x))                                                     # line 1
+            d_0 = torch.zeros_like(x)
+            if T:                                                                               # lines 2 to 5
+                noise = tiling.NoiseField([(seed, *place) for place in places], *x.shape[2:], self.device)
+                d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
+                d_0 = d_0 / self.settings.residual_scale
+                if not d_0.abs().max() < DIVERGED:  # NaN too
+                    raise InputError(f"g has diverged in {T} steps; take r alone with --steps 0, or search the "
+                                     "schedule again")
+            fade = np.stack([tiling.fade(details, *place, *x.shape[2:]) for place in places])
+            d_0 = torch.from_numpy(fade)[:, None].to(self.device) * d_0
+            canvas.add(places, torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu())                   # line 6
+        return Parts(canvas.image, canvas.recon, canvas.residual, step_map) if parts else canvas.image
+
+    def step_map(self, image, steps):
+        """The inverse steps of each patch, int (rows, columns): `steps`, or what s says for "auto"."""
+        grid = tiling.count(image.shape[0]), tiling.count(image.shape[1])
+        if steps != "auto":
+            return np.full(grid, steps)
         step_map = np.zeros(grid, int)
-        for row, steps in enumerate(step_map):
-            for index, x in same_shape(to_patches(image, row)):
-                steps[index] = [T for some in x.to(self.device).split(batch) for T in self.predict_steps(some)]
+        for _, places, x in self.groups(image, np.zeros(grid, int)):
+            step_map[tuple(zip(*places))] = self.s(x.to(self.device)).cpu()
         return step_map
 
-    def _denoised_rows(self, image, step_map, seed, detail, batch, progress):
-        """Yields each row of patches as a list of (9, h, w): y, r(x) and what g added."""
+    def groups(self, image, step_map):
+        """Yields (T, places, x) for the patches with the same step count and shape, x (N, 3, h, w) in [0, 1].
+
+        They come from the top downwards, out of one row of the grid, or of as many as fill a batch.
+        """
         rows, cols = step_map.shape
-        details = detail * np.vectorize(self.detail_of, otypes=[float])(step_map)
-        together = max(1, batch // cols)  # rows, so that a small picture fills the batch too
-        done = 0
+        together = max(1, self.batch // cols)
         for first in range(0, rows, together):
-            group = range(first, min(first + together, rows))
-            places = [(row, col) for row in group for col in range(cols)]
-            patches = [patch for row in group for patch in to_patches(image, row)]
-            finished = {}
-            for index, x in same_shape(patches):
-                here = [places[i] for i in index]
+            patches = {(row, col): patch for row in range(first, min(first + together, rows))
+                       for col, patch in enumerate(patches_of_row(image, row))}
+            kind = {place: (int(step_map[place]), patch.shape) for place, patch in patches.items()}
+            for T, shape in dict.fromkeys(kind.values()):
+                places = [place for place in patches if kind[place] == (T, shape)]
+                yield T, places, torch.stack([patches[place] for place in places])
 
-                def report(share):
-                    if progress:
-                        progress((done + len(here) * share) / step_map.size)
-
-                def denoised(batch):
-                    return self._denoised_patches(x, here, step_map, details, seed, batch, report).cpu()
-
-                some, batch = as_fits(denoised, batch)
-                finished |= zip(here, some)
-                done += len(here)
-                report(0)
-            yield from ([finished[row, col] for col in range(cols)] for row in group)
-
-    def _denoised_patches(self, x, places, step_map, details, seed, batch, report):
-        """Algorithm 1 on patches x (N, 3, h, w) at these places of the grid -> (N, 9, h, w) as above."""
-        x = x.to(self.device)
-        T = [int(step_map[place]) for place in places]
-        detail = torch.stack([torch.from_numpy(tiling.fade(details, *place, *x.shape[2:])) for place in places])[:, None]
-        evaluations = 0
-
-        def noise(key, index):
-            return torch.stack([tiling.patch_noise(seed, key, *places[i], *x.shape[2:]) for i in index]).to(self.device)
-
-        def count(t, index):
-            nonlocal evaluations
-            evaluations += len(index)
-            report(evaluations / sum(T))
-
-        y_r = torch.cat([self.reconstruct(some) for some in x.split(batch)])                   # line 1
-        d_0 = detail.to(self.device) * self.generate(x, y_r, T, noise, batch, count)           # lines 2 to 5
-        return torch.cat([y_r + d_0, y_r, d_0], dim=1)                                         # line 6
+    def _in_batches(self, network, *inputs):
+        """network(*inputs) in the model's precision, a batch at a time; fewer where a GPU is full."""
+        while True:
+            height, width = inputs[0].shape[2:]
+            batch = max(1, self.batch * tiling.PATCH ** 2 // (height * width))
+            try:
+                with autocast(self.device, self.precision):
+                    return torch.cat([network(x.contiguous(memory_format=torch.channels_last), *others)
+                                      for x, *others in zip(*(z.split(batch) for z in inputs))])
+            except torch.OutOfMemoryError as error:
+                if self.batch == 1:
+                    raise InputError("the GPU's memory does not hold one patch; close other programs, or use "
+                                     "--device cpu") from error
+            self.batch //= 2  # out here, where the error no longer keeps its tensors
+            print(f"note: the GPU's memory is full; going on with {self.batch} patches at a time",
+                  file=sys.stderr)
 
 
-def as_fits(f, batch):
-    """-> (f(batch), batch), the batch halved, with a word, as often as the GPU's memory does not hold it."""
-    while True:
-        try:
-            return f(batch), batch
-        except torch.OutOfMemoryError as error:
-            if batch == 1:
-                raise InputError("the GPU's memory does not hold one patch; close other programs, or use --device cpu") from error
-        batch //= 2  # out here, where the error no longer keeps its tensors
-        print(f"note: the GPU's memory is full; going on with {batch} patches at a time", file=sys.stderr)
+class Canvas:
+    """The picture, stitched from top to bottom while its patches arrive, so that it is never held in float.
+
+    image: what is denoised; with parts r(x) and the residual are kept too.
+    """
+
+    def __init__(self, image, parts):
+        self.image = np.empty_like(image)
+        self.recon = np.empty_like(image) if parts else None
+        self.residual = np.empty(image.shape, np.float16) if parts else None
+        height, self.width = image.shape[:2]
+        self.rows, self.cols = tiling.count(height), tiling.count(self.width)
+        self.waiting, self.row, self.top, self.seam = {}, 0, 0, tiling.Seam(-2)
+
+    def add(self, places, patches):
+        """patches: (N, 9, h, w), y, r(x) and what g added, at these places (row, column) of the grid."""
+        self.waiting |= zip(places, patches)
+        while all((self.row, col) in self.waiting for col in range(self.cols)):
+            row = [self.waiting.pop((self.row, col)) for col in range(self.cols)]
+            self._write(self.seam.add(tiling.join(row, -1)[..., :self.width]))
+            self.row += 1
+            if self.row == self.rows:
+                self._write(self.seam.tail)
+
+    def _write(self, band):
+        """The next pixels, (9, h, width); what reflection added below the picture is left out."""
+        here = slice(self.top, min(self.top + band.shape[1], len(self.image)))
+        band = band[:, :here.stop - self.top].permute(1, 2, 0).numpy()  # (h, width, 9)
+        self.image[here] = to_pixels(band[..., :3], self.image.dtype)
+        if self.recon is not None:
+            self.recon[here], self.residual[here] = to_pixels(band[..., 3:6], self.image.dtype), band[..., 6:]
+        self.top = here.stop
 
 
-def to_patches(image, row):
+def evaluations(progress, step_map):
+    """-> tell(y), which counts len(y) evaluations of r or g, tells progress their share of all, returns y."""
+    done, total = 0, step_map.size + int(step_map.sum())
+
+    def tell(y):
+        nonlocal done
+        done += len(y)
+        if progress:
+            progress(done / total)
+        return y
+
+    return tell
+
+
+def check(image, steps, seed, detail):
+    """TypeError or ValueError unless RnG.denoise can take these."""
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image must be a numpy array (H, W, 3), not {type(image).__name__}; read files with "
+                        "rng.support.images.read_picture, turn others with numpy.asarray")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in PEAK:
+        raise ValueError(f"image must be (H, W, 3) uint8, uint16 or float32, not {image.shape} {image.dtype}")
+    if image.dtype == np.float32 and not (FLOATS[0] <= image.min() and image.max() <= FLOATS[1]):  # NaN too
+        raise ValueError("a float32 image must be finite and in [0, 1] but for noise; divide it by its white")
+    whole = int, np.integer
+    if steps != "auto" and (not isinstance(steps, whole) or isinstance(steps, bool) or steps < 0):
+        raise ValueError(f'steps must be "auto" or a whole number from 0, not {steps!r}')
+    if not isinstance(seed, whole) or isinstance(seed, bool) or not 0 <= seed < 2 ** 63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}")
+    if not isinstance(detail, int | float | np.number) or not 0 <= detail <= 2:
+        raise ValueError(f"detail must be a number from 0 (r alone) to 2, not {detail!r}")
+
+
+def patches_of_row(image, row):
     """One row of the grid: numpy (H, W, 3) -> list of (3, h, w) float32 in [0, 1]."""
-    band = image[tiling.places(image.shape[0])[row]].astype(np.float32) / PEAK[image.dtype]
-    return tiling.split_band(torch.from_numpy(band).permute(2, 0, 1))
-
-
-def same_shape(patches):
-    """Patches (3, h, w), of which those at the image's end are smaller -> yields (indices, batch (N, 3, h, w))."""
-    for shape in dict.fromkeys(patch.shape for patch in patches):
-        index = [i for i, patch in enumerate(patches) if patch.shape == shape]
-        yield index, torch.stack([patches[i] for i in index])
-
-
-def to_pixels(y, dtype):
-    """float32 in [0, 1] units -> clipped, and rounded where dtype is an integer type."""
-    y = y.clip(0, 1) * PEAK[dtype]
-    return y.round().astype(dtype) if PEAK[dtype] > 1 else y
+    band = to_tensor(image[tiling.places(image.shape[0])[row]])
+    return [band[:, :, columns] for columns in tiling.places(band.shape[2])]

@@ -1,17 +1,38 @@
 """How pictures are scored (Sec. 4): the inputs by the protocol, other methods' pictures, the four metrics."""
 
-import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rng import crops, data, metrics, tiling
-from rng.errors import InputError
-from rng.images import EXTENSIONS, read_rgb
-from rng.pipeline import PEAK, to_pixels
+from rng import metrics, tiling
+from rng.support.data import noisy_version, pictures_in
+from rng.support.errors import InputError
+from rng.support.images import read_rgb, to_8_bit, to_tensor
 
-OWN_ROWS = re.compile("ground truth|noisy input|r alone|RnG.*|.* steps.*|best of .*|mean.*")  # of evaluate.py's table
+COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
+
+
+class Method(NamedTuple):
+    """What made a picture of the table."""
+
+    name: str                     # as the table prints it
+    kind: str  # "truth", "noisy", "r", "fixed", "auto", "other", "best" (of the fixed counts)
+    steps: int | str | None = None   # of RnG.denoise
+    detail: float = 1.0
+
+
+class Row(NamedTuple):
+    """A line of the table: the means over all pictures; nan where a metric is not to be had."""
+
+    sigma: float | str | None     # "mean": over all sigmas; None: real noise
+    method: Method
+    lpips: float
+    niqe: float
+    psnr: float
+    ssim: float
+    steps: float
 
 
 def centre(picture, side):
@@ -22,81 +43,78 @@ def centre(picture, side):
     return picture[top:top + side, left:left + side]
 
 
-def eight_bit(image):
-    """numpy (H, W, 3), uint8 or float in [0, 1] units -> uint8."""
-    return image if image.dtype == np.uint8 else to_pixels(image, np.dtype(np.uint8))
-
-
-def to_batch(image):
-    """numpy (H, W, 3), uint8 or float32 in [0, 1] units -> (1, 3, H, W) float32 in [0, 1] units."""
-    return crops.to_tensor(image).float()[None] / PEAK[image.dtype]
-
-
 def inputs(item, sigma, centre_crop=None, clip_noisy=False):
-    """-> (clean, noisy) of a data.Item: uint8 and, where noise is added, float32 (H, W, 3); sigma on the 0-255 scale.
+    """-> (clean, noisy) of a data.Item: uint8 and, where noise is added, float32 (H, W, 3); sigma on the
+    0-255 scale.
 
     InputError where what is left of a picture is too small for LPIPS.
     """
     clean, noisy = (picture if picture is None else centre(picture, centre_crop) for picture in item.read())
     if min(clean.shape[:2]) < metrics.LPIPS_SIZE:
-        raise InputError(f"{item.name}: {clean.shape[1]} x {clean.shape[0]} pixels are too few to score; give a larger "
-                         f"--centre-crop, or leave pictures under {metrics.LPIPS_SIZE} pixels a side out of the set")
+        raise InputError(f"{item.name}: {clean.shape[1]} x {clean.shape[0]} pixels are too few to score; "
+                         "give a larger --centre-crop, or leave out pictures under "
+                         f"{metrics.LPIPS_SIZE} pixels a side")
     if noisy is None:
-        noisy = data.noisy_version(clean, sigma)
-        noisy = eight_bit(noisy) if clip_noisy else noisy
+        noisy = noisy_version(clean, sigma)
+        noisy = to_8_bit(noisy) if clip_noisy else noisy
     return clean, noisy
 
 
 def sigma_folder(folder, sigma, sigmas):
-    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... where there are several sigmas."""
+    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... where there are several
+    sigmas."""
     return folder / f"{sigma:g}" if len(sigmas) > 1 else folder
 
 
-def named_folders(texts):
-    """["NAME=DIR", ...] -> {NAME: Path}; InputError where a NAME cannot be a row of the table and a folder of --save."""
+def named_folders(texts, reserved):
+    """["NAME=DIR", ...] -> {NAME: Path}; InputError where a NAME cannot be a row of the table and a folder of
+    --save."""
     folders = {}
     for text in texts:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise InputError(f"--outputs {text} is not of the form NAME=DIR")
-        if name in folders:
-            raise InputError(f"--outputs names {name} twice; give each method its own name")
-        if OWN_ROWS.fullmatch(name):
-            raise InputError(f"--outputs {name}: such a name is kept for the table's own rows; give the method another")
+        if name in folders or name in reserved:
+            raise InputError(f"--outputs {name}: another row has this name; give each method its own")
         if name in (".", "..") or "/" in name or "\\" in name:
-            raise InputError(f"--outputs {name}: a name is no path; write it as NAME=DIR, without / and \\ in NAME")
+            raise InputError(f"--outputs {name}: a name is no path; write NAME=DIR without / and \\ in NAME")
         folders[name] = Path(folder)
     return folders
 
 
 def by_stem(paths, where):
-    """{stem: path}, for methods' pictures go by their stems; InputError, which names `where`, if two stems are equal."""
+    """{stem: path}, for methods' pictures go by their stems; InputError, which names `where`, if two stems
+    are equal."""
     found = {}
     for path in paths:
         if path.stem in found:
-            raise InputError(f"{where}: {found[path.stem].name} and {path.name} differ only in their ending; rename one")
+            raise InputError(f"{where}: {found[path.stem].name} and {path.name} differ in the ending alone; "
+                             "rename one")
         found[path.stem] = path
     return found
 
 
 def output_files(folder, items, every):
-    """{stem: file} of another method's pictures, one for each of `items`, and for some others of the set `every`.
+    """{stem: file} of another method's pictures, one for each of `items`, and for some others of the set
+    `every`.
 
     InputError where one is missing, is not of the set, or goes by the stem of another.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is missing; put the method's pictures there, named as those of the data set")
-    found = by_stem([path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS], folder)
+        raise InputError(f"{folder} is missing; put the method's pictures there, named as the data set's")
+    found = by_stem(pictures_in(folder), folder)
     known = by_stem([Path(item.name) for item in every], "the data set").keys()
     wanted = {Path(item.name).stem for item in items}
     for stem in sorted((wanted - found.keys()) | (found.keys() - known)):
-        raise InputError(f"{folder}: {stem} is {'missing' if stem in wanted else 'not a picture of the data set'}; "
+        raise InputError(f"{folder}: {stem} is "
+                         f"{'missing' if stem in wanted else 'not a picture of the data set'}; "
                          "there must be one picture for each, with the same name")
     return found
 
 
 def outputs(files, item, centre_crop=None):
-    """{method: {stem: file}} -> {method: its picture of a data.Item, uint8 (H, W, 3)}, cropped as `inputs` does.
+    """{method: {stem: file}} -> {method: its picture of a data.Item, uint8 (H, W, 3)}, cropped as `inputs`
+    does.
 
     A picture may be whole or that centre already, as --save leaves it; InputError where its size is neither.
     """
@@ -106,8 +124,8 @@ def outputs(files, item, centre_crop=None):
         path = of_stem[Path(item.name).stem]
         image = read_rgb(path)
         if image.shape not in (clean.shape, centre(clean, centre_crop).shape):
-            raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, its clean picture {clean.shape[1]} x "
-                             f"{clean.shape[0]} pixels; they must be of one size")
+            raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, its clean picture "
+                             f"{clean.shape[1]} x {clean.shape[0]} pixels; they must be of one size")
         images[method] = centre(image, centre_crop)
     return images
 
@@ -117,13 +135,14 @@ def measure(lpips, image, clean, patches=False):
 
     patches: the mean over non-overlapping 256 x 256 patches, the paper's way.
     """
-    x, y = to_batch(image), to_batch(clean)
+    x, y = to_tensor(image)[None], to_tensor(clean)[None]
     if patches:
         height, width = (side // tiling.PATCH for side in image.shape[:2])
         if not height * width:
             raise InputError("--metric-patches needs pictures of at least 256 x 256 pixels; leave it out")
         side = tiling.PATCH
-        x, y = (z.unfold(2, side, side).unfold(3, side, side)[0].flatten(1, 2).transpose(0, 1).contiguous() for z in (x, y))
+        x, y = (z.unfold(2, side, side).unfold(3, side, side)[0].flatten(1, 2).transpose(0, 1).contiguous()
+                for z in (x, y))
     blocks = (x.shape[-2] // metrics.BLOCK) * (x.shape[-1] // metrics.BLOCK)
     with torch.no_grad():
         return [lpips(x, y).mean().item() if lpips else np.nan,

@@ -1,11 +1,12 @@
 """Patches of 256 pixels that overlap by 32 (Sec. 3.2): of an overlap 12 are dropped at each side, 8 averaged.
 
-Images are tensors (C, H, W) of any size from 1 x 1. The last patch of a row or column is what is left of the image,
-extended by reflection to a multiple of 16 and at least 64 pixels, and cropped back.
+Images are tensors (C, H, W) of any size from 1 x 1. The last patch of a row or column is what is left of the
+image, extended by reflection to a multiple of 16 and at least 64 pixels, and cropped back.
 """
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,90 +24,99 @@ def count(size):
 
 
 def places(size):
-    """Pixel indices of each patch along a side of `size` pixels: 256 each; what is left, reflected, for the last one."""
+    """Pixel indices of each patch along a side of `size` pixels: 256 each; what is left, reflected, for the
+    last one."""
     start = STRIDE * (count(size) - 1)  # of the last patch
     last = max(SMALLEST, MULTIPLE * math.ceil((size - start) / MULTIPLE))
     extended = np.pad(np.arange(size), (0, start + last - size), mode="reflect")
     return [extended[here:here + PATCH] for here in range(0, start + 1, STRIDE)]
 
 
-def split_band(band):
-    """One row of the grid: band (C, h, W) -> list of patches (C, h, w), w = 256 but for the last one."""
-    return [band[:, :, columns] for columns in places(band.shape[-1])]
-
-
 def split(image):
-    """image (C, H, W) -> list of patches (C, h, w), row by row: the plain definition of what split_band does for a row."""
-    return [patch for rows in places(image.shape[-2]) for patch in split_band(image[:, rows])]
+    """image (C, H, W) -> list of patches (C, h, w), row by row; w and h are 256 but for the last ones."""
+    return [image[:, rows][:, :, columns] for rows in places(image.shape[-2])
+            for columns in places(image.shape[-1])]
+
+
+class Seam:
+    """Joins neighbours along `dim` as they come: tensors with 256 pixels along it, the last one fewer,
+    overlapping by 32."""
+
+    def __init__(self, dim):
+        self.dim, self.tail, self.start = dim, None, 0  # tail: of the part before, from its pixel `start` on
+
+    def add(self, part):
+        """The next part -> the piece that is finished with it: all up to 8 averaged pixels, none for the
+        first part."""
+        piece = part.narrow(self.dim, 0, 0)
+        if self.tail is not None:
+            keep, blend, _ = self.tail.split([KEEP - self.start, BLEND, DROP], self.dim)
+            piece = torch.cat([keep, (blend + part.narrow(self.dim, DROP, BLEND)) / 2], self.dim)
+            self.start = DROP + BLEND
+        self.tail = part.narrow(self.dim, self.start, part.shape[self.dim] - self.start)
+        return piece
 
 
 def join(parts, dim):
-    """Joins neighbours along `dim`, one at a time: yields finished pieces; together they are the stitched whole.
-
-    parts: an iterable of tensors with 256 pixels along dim, the last one fewer; each overlaps the next by 32.
-    """
-    tail = None
-    for part in parts:
-        if tail is None:
-            start = 0
-        else:
-            keep, blend, _ = tail.split([KEEP - start, BLEND, DROP], dim)
-            yield keep
-            yield (blend + part.narrow(dim, DROP, BLEND)) / 2
-            start = DROP + BLEND
-        tail = part.narrow(dim, start, part.shape[dim] - start)
-    yield tail
-
-
-def stitch_rows(rows, width):
-    """Stitches a picture from top to bottom while its patches arrive, so that it is never held as a whole.
-
-    rows: an iterable of lists of patches (C, h, w), one list per row of the grid; yields bands (C, h, width) in order,
-    which still hold what reflection added below.
-    """
-    return join((torch.cat(list(join(row, -1)), -1)[..., :width] for row in rows), -2)
+    """Neighbours along `dim`, as for Seam -> the whole."""
+    seam = Seam(dim)
+    return torch.cat([*(seam.add(part) for part in parts), seam.tail], dim)
 
 
 def stitch(patches, height, width):
-    """List of patches, row by row -> image (C, height, width), the inverse of split.
-
-    The paper's stitching as one plain function, which the tests hold to its rule pixel by pixel; RnG.denoise does the
-    same with stitch_rows, which never holds the whole picture.
-    """
+    """List of patches, row by row -> image (C, height, width), the inverse of split."""
     cols = count(width)
-    rows = [patches[start:start + cols] for start in range(0, len(patches), cols)]
-    return torch.cat(list(stitch_rows(rows, width)), -2)[:, :height]
+    rows = [join(patches[start:start + cols], -1) for start in range(0, len(patches), cols)]
+    return join(rows, -2)[:, :height, :width]
 
 
 def fade(values, row, col, height=PATCH, width=PATCH):
-    """One number for each patch, (rows, cols) -> (height, width) float32, numbers for the pixels of one of the patches.
+    """One number for each patch, (rows, cols) -> (height, width) float32, numbers for the pixels of one of
+    the patches.
 
-    The patch's own number, but where it overlaps a neighbour the smaller one of the two, with a linear way between.
+    The patch's own number, but where it overlaps a neighbour the smaller one of the two, with a linear way
+    between.
     """
     def along(values, place, size):  # the first axis: patches -> pixels
         if len(values) == 1:
             return values.repeat(size, 0)
         middles = STRIDE * np.arange(1, len(values)) + (OVERLAP - 1) / 2
-        knots = middles[:, None] + np.array([-OVERLAP / 2 - FADE, -OVERLAP / 2, OVERLAP / 2, OVERLAP / 2 + FADE])
+        knots = middles[:, None] + np.array([-OVERLAP / 2 - FADE, -OVERLAP / 2, OVERLAP / 2, OVERLAP / 2
+                                             + FADE])
         smaller = np.minimum(values[:-1], values[1:])
         heights = np.stack([values[:-1], smaller, smaller, values[1:]], 1).reshape(knots.size, -1)
-        return np.stack([np.interp(STRIDE * place + np.arange(size), knots.ravel(), line) for line in heights.T], 1)
+        return np.stack([np.interp(STRIDE * place + np.arange(size), knots.ravel(), line)
+                         for line in heights.T], 1)
 
     return along(along(values, row, height).T, col, width).T.astype(np.float32)
 
 
-@lru_cache(maxsize=64)  # neighbouring patches share cells; 0.6 MB each
+@lru_cache(maxsize=128)  # neighbouring patches share cells; 0.6 MB each
 def cell_noise(seed, key, row, col):
     """Standard normal noise of one 224-pixel cell of the picture's plane, (3, 224, 224) float32."""
     state = np.random.SeedSequence([seed, key, row, col]).generate_state(1, np.uint64)[0]
     return torch.randn(3, STRIDE, STRIDE, generator=torch.Generator().manual_seed(int(state) >> 1))
 
 
-def patch_noise(seed, key, row, col, height=PATCH, width=PATCH):
-    """Standard normal noise of the patch at (row, col) of the grid, (3, height, width) float32.
+class NoiseField(NamedTuple):
+    """The noise of ddpm.sample for some patches: called with a key, 0 for d_T and t for eps_t -> (N, 3,
+    height, width).
 
-    A function of its arguments, cut from four cells: overlapping patches see the same noise where they overlap.
+    A function of (seed, key, place) alone: overlapping patches see the same noise where they overlap, and
+    neither their order nor the batch matters.
     """
-    upper = torch.cat([cell_noise(seed, key, row, col), cell_noise(seed, key, row, col + 1)], 2)
-    lower = torch.cat([cell_noise(seed, key, row + 1, col), cell_noise(seed, key, row + 1, col + 1)], 2)
-    return torch.cat([upper, lower], 1)[:, :height, :width]
+
+    places: list         # (seed, row, col) of each patch, row and column of the grid
+    height: int = PATCH  # pixels, at most 256
+    width: int = PATCH
+    device: str = "cpu"
+
+    def __call__(self, key):
+        return torch.stack([self.of_patch(key, *place) for place in self.places]).to(self.device)
+
+    def of_patch(self, key, seed, row, col):
+        """Standard normal noise (3, height, width) float32, cut from the cells that the patch touches."""
+        rows = range(row, row + 1 + (self.height > STRIDE))
+        cols = range(col, col + 1 + (self.width > STRIDE))
+        cells = [torch.cat([cell_noise(seed, key, r, c) for c in cols], 2) for r in rows]
+        return torch.cat(cells, 1)[:, :self.height, :self.width]

@@ -1,4 +1,5 @@
-"""g, the generative network: the conditional U-Net of ref. [47] (Whang et al., 2022); also Table 1's U-Net r."""
+"""g, the generative network: the conditional U-Net of ref. [47] (Whang et al., 2022); also Table 1's U-Net r.
+"""
 
 import math
 
@@ -29,7 +30,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.level = nn.Linear(embedding, 2 * c_out) if embedding else None
 
-    def forward(self, h, level):                                              # (N, C_in, H, W), (N, E) or None
+    def forward(self, h, level):  # (N, C_in, H, W), (N, E) or None
         y = self.conv1(F.silu(h))                                             # (N, C_out, H, W)
         if self.level is not None:
             scale, shift = self.level(level)[:, :, None, None].chunk(2, dim=1)  # (N, C_out, 1, 1) each
@@ -41,9 +42,9 @@ class UNet(nn.Module):
     """Fully convolutional U-Net without attention or normalisation.
 
     base: channels at full resolution; multipliers: of base, one per level; blocks: residual blocks per level.
-    conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
-    noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
-    noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, the identity at the start.
+    conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both). noise_level=True
+    is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training. noise_level=False is Table
+    1's reconstructive U-Net: forward(x) -> x + correction, the identity at the start.
     """
 
     def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True):
@@ -53,7 +54,8 @@ class UNet(nn.Module):
         self.base, self.noise_level = base, noise_level
         embedding = 4 * base if noise_level else 0  # as wide as DDPM's
         if noise_level:
-            self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+            self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding),
+                                     nn.SiLU())
         channels = [base * m for m in multipliers]
         self.intro = nn.Conv2d(3 * conditions + 3 * noise_level, base, 3, padding=1)
         self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
@@ -61,7 +63,8 @@ class UNet(nn.Module):
         for c, c_next in zip(channels[:-1], channels[1:]):
             self.encoders.append(nn.ModuleList([ResBlock(c, c, embedding) for _ in range(blocks)]))
             self.downs.append(nn.Conv2d(c, c_next, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([ResBlock(channels[-1], channels[-1], embedding) for _ in range(2 * blocks)])  # cheap there
+        self.middle = nn.ModuleList([ResBlock(channels[-1], channels[-1], embedding)
+                                     for _ in range(2 * blocks)])  # cheap there
         for c, c_next in zip(channels[-2::-1], channels[:0:-1]):
             self.ups.append(nn.Conv2d(c_next, c, 3, padding=1))
             self.decoders.append(nn.ModuleList(
@@ -71,14 +74,16 @@ class UNet(nn.Module):
         nn.init.zeros_(self.ending.bias)
 
     def forward(self, x, d_t=None, gamma=None):
-        """x: condition (N, 3 * conditions, H, W) in [0, 1]; d_t: (N, 3, H, W), of unit variance; gamma: (N,) float64.
+        """x: condition (N, 3 * conditions, H, W) in [0, 1]; d_t: (N, 3, H, W), of unit variance; gamma: (N,)
+        float64.
 
         Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
         """
         height, width = x.shape[-2:]
         h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, 3 or 6 or 9, H, W)
         multiple = 2 ** len(self.downs)
-        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")  # (N, ., H', W'), multiples of 8
+        # (N, ., H', W'), multiples of 8
+        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
         level = self.mlp(noise_level_embedding(gamma, self.base)) if self.noise_level else None  # (N, E)
         h = self.intro(h)                                                     # (N, C, H', W'), C = base
         skips = []
@@ -88,9 +93,10 @@ class UNet(nn.Module):
             skips.append(h)
             h = down(h)                                                       # (N, 2C, H'/2, W'/2) and so on
         for block in self.middle:
-            h = block(h, level)                                               # (N, 4C, H'/8, W'/8) with four levels
+            h = block(h, level)  # (N, 4C, H'/8, W'/8) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
-            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)  # (N, 6C, H'/4, W'/4) and so on
+            # (N, 6C, H'/4, W'/4) and so on
+            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)
             for block in decoder:
                 h = block(h, level)                                           # (N, 3C, H'/4, W'/4) and so on
         out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)

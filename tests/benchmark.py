@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import build_step_labels  # noqa: E402
 from rng import data, device, metrics, scoring, training  # noqa: E402
-from rng.crops import Crops, NoiseMix, batches  # noqa: E402
-from rng.images import read_rgb  # noqa: E402
+from rng.support.crops import Crops, NoiseMix, batches  # noqa: E402
+from rng.support.images import read_rgb  # noqa: E402
 from rng.nafnet import NAFBlock, NAFNet, LayerNorm2d  # noqa: E402
 from rng.pipeline import RnG  # noqa: E402
 from rng.unet import UNet  # noqa: E402

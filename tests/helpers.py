@@ -10,7 +10,8 @@ ALEXNET_CONVOLUTIONS = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3,
 
 
 def write_random_alexnet(path):
-    """Writes AlexNet's convolutions with seeded random weights to `path`, .npz or .pth, as an LPIPS backbone."""
+    """Writes AlexNet's convolutions with seeded random weights to `path`, .npz or .pth, as an LPIPS backbone.
+    """
     path, random, arrays = Path(path), np.random.default_rng(0), {}
     for i, shape in ALEXNET_CONVOLUTIONS.items():
         weight = random.standard_normal(shape, dtype=np.float32)

@@ -15,34 +15,34 @@ from rng.unet import UNet
 
 TEXT = (Path(__file__).parent.parent / "docs" / "derivation.md").read_text()
 ROWS = re.findall(r"^\| ([\d.]+) \| (paper|posterior) \| (.+) \|$", TEXT, re.MULTILINE)
+COUNTS = 10, 20, 50, 100  # the table's columns
 
 
 def full(value):
     return torch.full((1, 1, 1, 1), value)
 
 
-def one_step(s, t, schedule, variance):
-    """c_t and sigma_t of (E) for data N(0, s^2) as ddpm.step has them, with the best possible g, which is linear."""
+def one_step(s, t, schedule):
+    """c_t and sigma_t of (E) for data N(0, s^2) as ddpm.step has them, with the best g, which is linear."""
     gamma = schedule.gamma[t]
     eps_hat = full(math.sqrt(1 - gamma) / (gamma * s**2 + 1 - gamma))
-    c = ddpm.step(full(1.0), eps_hat, t, [schedule], full(0.0), variance).item()
-    return c, ddpm.step(full(0.0), full(0.0), t, [schedule], full(1.0), variance).item()
+    c = ddpm.step(full(1.0), eps_hat, t, schedule, full(0.0)).item()
+    return c, ddpm.step(full(0.0), full(0.0), t, schedule, full(1.0)).item()
 
 
 def generated_std(s, T, variance):
     """sqrt(u_0) of (E): standard deviation of what the sampler makes of N(0, s^2) data with that g."""
-    schedule = ddpm.linear_schedule(T, ddpm.default_end(T))
-    u = 1.0
+    schedule, u = ddpm.linear_schedule(T, ddpm.default_end(T), variance), 1.0
     for t in range(T, 0, -1):
-        c, sigma = one_step(s, t, schedule, variance)
+        c, sigma = one_step(s, t, schedule)
         u = c**2 * u + sigma**2
     return math.sqrt(u)
 
 
-def random_step(generator):
+def random_step(generator, variance="paper"):
     """A schedule and one of its t, not the last step."""
     T = int(generator.integers(2, 100))
-    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
+    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5), variance)
     return schedule, int(generator.integers(2, T + 1))
 
 
@@ -56,18 +56,16 @@ def test_every_function_that_the_derivation_names_exists():
 @pytest.mark.parametrize("s, variance, cells", ROWS)
 def test_table_of_the_two_variances(s, variance, cells):
     stated = [float(cell) for cell in cells.split("|")]
-    assert stated == pytest.approx([generated_std(float(s), T, variance) for T in (10, 20, 50, 100)], abs=6e-5)
-
-
-def test_the_table_is_there():
-    assert len(ROWS) == 8
+    assert stated == pytest.approx([generated_std(float(s), T, variance) for T in COUNTS], abs=6e-5)
 
 
 def test_grain_of_few_steps():
+    assert len(ROWS) == 8
     for s, variance, cells in ROWS:
-        for T, cell in zip((10, 20, 50, 100), cells.split("|")):
+        for T, cell in zip(COUNTS, cells.split("|")):
             if variance == "paper":
-                assert float(cell) == pytest.approx(math.sqrt(float(s) ** 2 + ddpm.default_end(T) / T), rel=0.05)
+                grain = math.sqrt(float(s) ** 2 + ddpm.default_end(T) / T)
+                assert float(cell) == pytest.approx(grain, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -75,18 +73,17 @@ def test_grain_of_few_steps():
 def test_a_step_of_the_best_network(seed, variance):
     """(E) as the text writes it, with (B) for the posterior, is what ddpm.step does."""
     generator = np.random.default_rng(seed)
-    T, s = int(generator.integers(2, 100)), generator.uniform(0.03, 2)
-    schedule = ddpm.linear_schedule(T, generator.uniform(0.01, 0.5))
-    t = int(generator.integers(2, T + 1))
+    (schedule, t), s = random_step(generator, variance), generator.uniform(0.03, 2)
     alpha, gamma, before = schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1]
     c = (1 - (1 - alpha) / (gamma * s**2 + 1 - gamma)) / math.sqrt(alpha)
     sigma2 = 1 - alpha if variance == "paper" else (1 - alpha) * (1 - before) / (1 - gamma)
-    assert one_step(s, t, schedule, variance) == pytest.approx((c, math.sqrt(sigma2)), rel=1e-4, abs=1e-5)
+    assert one_step(s, t, schedule) == pytest.approx((c, math.sqrt(sigma2)), rel=1e-4, abs=1e-5)
 
 
 def test_worked_example_of_section_6():
     text, std = TEXT.replace("\n", " "), generated_std(0.03, 20, "paper")
-    assert f"detail of standard deviation {std:.4f}, more than five times the true one" in text and 5 < std / 0.03 < 6
+    assert f"detail of standard deviation {std:.4f}, more than five times the true one" in text
+    assert 5 < std / 0.03 < 6
     lost = 10 * math.log10(1 + std**2 / 0.03**2)
     assert f"is {lost:.2f} dB here, and {10 * math.log10(2):.2f} dB for a perfect sampler" in text
     assert f"only {std:.4f} * 0.03 = {std * 0.03:.3f} is left" in text and 0.5 < std * 0.03 * 255 < 1.5
@@ -100,19 +97,20 @@ def test_posterior_mean_in_two_forms(seed):
     d_0, eps = generator.normal(size=2)
     alpha, gamma, before = schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1]
     d_t = math.sqrt(gamma) * d_0 + math.sqrt(1 - gamma) * eps
-    assert ddpm.estimate(full(d_t), full(eps), torch.tensor([gamma])).item() == pytest.approx(d_0, rel=1e-4, abs=1e-4)
+    estimate = ddpm.estimate(full(d_t), full(eps), torch.tensor([gamma])).item()
+    assert estimate == pytest.approx(d_0, rel=1e-4, abs=1e-4)
     mean = (math.sqrt(alpha) * (1 - before) * d_t + math.sqrt(before) * (1 - alpha) * d_0) / (1 - gamma)
-    stepped = ddpm.step(full(d_t), full(eps), t, [schedule], full(0.0))
+    stepped = ddpm.step(full(d_t), full(eps), t, schedule, full(0.0))
     assert stepped.item() == pytest.approx(mean, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_weight_of_the_bound(seed):
-    """Section 3: of a wrong guess of eps, (mu_t - m)^2 / (2 sigma_t^2) is the factor written there times the squared error."""
+    """Section 3: of a wrong guess of eps, (mu_t - m)^2 / (2 sigma_t^2) is its squared error, weighted."""
     generator = np.random.default_rng(seed)
     schedule, t = random_step(generator)
     d_t, eps, guess = generator.normal(size=3)
     alpha, gamma = schedule.alpha[t], schedule.gamma[t]
-    mu, m = (ddpm.step(full(d_t), full(value), t, [schedule], full(0.0)).item() for value in (eps, guess))
+    mu, m = (ddpm.step(full(d_t), full(value), t, schedule, full(0.0)).item() for value in (eps, guess))
     factor = (1 - alpha) ** 2 / (2 * (1 - alpha) * alpha * (1 - gamma))  # sigma_t^2 = 1 - alpha_t
     assert (mu - m) ** 2 / (2 * (1 - alpha)) == pytest.approx(factor * (eps - guess) ** 2, rel=1e-2, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Solutions of two exercises of docs/exercises.md, with no change to rng/, and the Python that it prints for the others."""
+"""Solutions of two exercises of docs/exercises.md, with no change to rng/, and its Python for the others."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from torch import nn
 
 from rng import ddpm
 from rng.controller import STEPS, StepController
-from rng.pipeline import RnG, condition
+from rng.folder import GenSettings
+from rng.pipeline import RnG
 from rng.unet import UNet
 
 TEXT = (Path(__file__).parent.parent / "docs" / "exercises.md").read_text()
@@ -38,24 +39,18 @@ def test_what_a_snippet_prints_is_what_the_text_says(number, snippet, tmp_path, 
     assert WORKS[number]([float(value) for value in printed])
 
 
-class DDIM(RnG):
+def ddim_sample(g, x, schedule, noise):
     """Exercise 1: steps back without fresh noise (Song et al., 2021)."""
+    d_t, gamma = noise(0), schedule.gamma
+    for t in range(len(gamma) - 1, 0, -1):
+        eps_hat = g(x, d_t, torch.full((len(x),), gamma[t], dtype=torch.float64)).float()
+        d_0 = (d_t - math.sqrt(1 - gamma[t]) * eps_hat) / math.sqrt(gamma[t])
+        d_t = math.sqrt(gamma[t - 1]) * d_0 + math.sqrt(1 - gamma[t - 1]) * eps_hat
+    return d_t
 
-    @torch.inference_mode()
-    def generate(self, x, y_r, steps, noise, batch=None, callback=None):
-        d = torch.zeros_like(x)
-        cond = condition(self.settings["condition"], x, y_r)
-        for i, T in enumerate(steps):
-            if not T:
-                continue
-            gamma = self.schedule(T).gamma
-            d_t = noise(0, [i])
-            for t in range(T, 0, -1):
-                eps_hat = self.gen(cond[i:i + 1], d_t, torch.tensor([gamma[t]])).float()
-                d_0 = (d_t - math.sqrt(1 - gamma[t]) * eps_hat) / math.sqrt(gamma[t])
-                d_t = math.sqrt(gamma[t - 1]) * d_0 + math.sqrt(1 - gamma[t - 1]) * eps_hat
-            d[i] = d_t[0] / self.settings["residual_scale"]
-        return d
+
+class DDIM(RnG):
+    sample = staticmethod(ddim_sample)
 
 
 class Knows(nn.Module):
@@ -75,8 +70,8 @@ class Knows(nn.Module):
 def test_ddim_returns_what_a_perfect_network_knows(steps, seed):
     generator = np.random.default_rng(seed)
     d_0 = torch.from_numpy(generator.standard_normal((1, 3, 64, 64)))
-    model = DDIM(nn.Identity(), Knows(d_0), {"condition": "noisy", "target": "residual", "residual_scale": 20.0},
-                 device_name="cpu", precision="float32")
+    settings = GenSettings(residual_scale=20.0)
+    model = DDIM(nn.Identity(), Knows(d_0), settings, device="cpu", precision="float32")
     image = generator.uniform(0.3, 0.7, (64, 64, 3)).astype(np.float32)
     expected = image + d_0[0].permute(1, 2, 0).numpy() / 20
     assert np.abs(model.denoise(image, steps) - expected.clip(0, 1)).max() < 1e-4
@@ -104,8 +99,7 @@ def test_expectation_between_0_and_100_is_50():
     s = Expectation(4).eval()
     nn.init.zeros_(s.fc.weight)
     s.fc.bias.data = torch.tensor([20.0] + [0.0] * 9 + [20.0])
-    model = RnG(nn.Identity(), UNet(4, blocks=1), {"condition": "noisy", "target": "residual", "residual_scale": 9.0}, s,
-                device_name="cpu")
+    model = RnG(nn.Identity(), UNet(4, blocks=1), controller=s, device="cpu")
     assert StepController.predict_steps(s, torch.rand(1, 3, 32, 32)).tolist() == [0]
     parts = model.denoise(np.random.default_rng(0).random((64, 64, 3), np.float32), parts=True)
     assert parts.steps.tolist() == [[50]] and ddpm.default_end(50) == 0.2

@@ -17,12 +17,13 @@ import torch
 from helpers import same, write_random_alexnet
 from PIL import Image
 
-from rng import checkpoint
 from rng.nafnet import NAFNet
+from rng.support import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("RNG_KILLS", 3))
 SAVES = 12 * KILLS
+COMMON = "--save-every 2 --batch 2 --crop 32 --validation 1 --workers 1 --sigma 0-55 --device cpu"
 OPTIONS = {"train_recon": "--width 4 --enc 1 --middle 1 --dec 1", "train_gen": "--base 4 --blocks 1"}
 
 
@@ -34,8 +35,8 @@ def test_killed_training_ends_where_an_uninterrupted_one_does(script, tmp_path):
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{n}.png")
     stage, backbone = script.removeprefix("train_"), write_random_alexnet(tmp_path / "alexnet.npz")
     command = [sys.executable, ROOT / f"{script}.py", "--data", "images", "--root", tmp_path / "pictures",
-               "--sigma", "0-55", "--iterations", str(2 * SAVES), "--save-every", "2", "--batch", "2", "--crop", "32", "--validation", "1",
-               "--workers", "1", "--device", "cpu", "--precision", "float32", *OPTIONS[script].split()]
+               "--iterations", str(2 * SAVES), "--precision", "float32", *COMMON.split(),
+               *OPTIONS[script].split()]
 
     def start(name):
         folder = tmp_path / name
@@ -71,9 +72,8 @@ def test_killed_training_ends_where_an_uninterrupted_one_does(script, tmp_path):
     finish("killed")
     finish("whole")
     assert log("killed") == log("whole") and len(log("whole")) == SAVES
-    states = [torch.load(tmp_path / name / f"last_{stage}.pt", weights_only=True) for name in ("killed", "whole")]
-    assert same(*states)
-    weights = [torch.load(tmp_path / name / f"{stage}.pt", weights_only=True)["state_dict"]
-               for name in ("killed", "whole")]
-    assert same(*weights)
+    for file in (f"last_{stage}.pt", f"{stage}.pt"):
+        killed, whole = (torch.load(tmp_path / name / file, weights_only=True)
+                         for name in ("killed", "whole"))
+        assert same(killed.get("state_dict", killed), whole.get("state_dict", whole))
     assert not [path for path in (tmp_path / "killed").iterdir() if path.suffix == ".tmp"]

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.special import gamma
 
 from rng import metrics
-from rng.errors import InputError
+from rng.support.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CALIBRATION, ALEXNET = SHARED / "calibration", SHARED / "lpips" / "alexnet_features.npz"

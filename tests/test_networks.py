@@ -1,4 +1,5 @@
-"""The networks r (NAFNet, U-Net), g (U-Net) and s (controller), each written a second time with plain functions."""
+"""The networks r (NAFNet, U-Net), g (U-Net) and s (controller), each written a second time with plain
+functions."""
 
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rng import checkpoint
+from rng import folder
 from rng.controller import STEPS, StepController
 from rng.nafnet import LayerNorm2d, NAFBlock, NAFNet, SimpleGate, config_from_state_dict
 from rng.unet import ResBlock, UNet, noise_level_embedding
@@ -89,7 +90,8 @@ def plain_nafblock(x, p, prefix):
 def plain_nafnet(x, p, enc, middle, dec):
     height, width = x.shape[-2:]
     multiple = 2 ** len(enc)
-    padded = torch.zeros(*x.shape[:2], multiple * math.ceil(height / multiple), multiple * math.ceil(width / multiple))
+    padded = torch.zeros(*x.shape[:2], multiple * math.ceil(height / multiple),
+                         multiple * math.ceil(width / multiple))
     padded[..., :height, :width] = x
     h, skips = F.conv2d(padded, p["intro.weight"], p["intro.bias"], padding=1), []
     for i, blocks in enumerate(enc):
@@ -128,10 +130,12 @@ def test_nafnet_is_the_official_one(seed, size):
 def test_nafnet_has_the_official_size_and_names(width, millions):
     with torch.device("meta"):
         network = NAFNet(width=width, enc=(2, 2, 4, 8), middle=12, dec=(2, 2, 2, 2))
-    block = ["beta", "gamma", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "sca.1.weight", "sca.1.bias"]
+    block = ["beta", "gamma", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "sca.1.weight",
+             "sca.1.bias"]
     block += [f"conv{i}.{kind}" for i in range(1, 6) for kind in ("weight", "bias")]
     places = [f"encoders.{i}.{j}" for i, blocks in enumerate((2, 2, 4, 8)) for j in range(blocks)]
-    places += [f"middle_blks.{j}" for j in range(12)] + [f"decoders.{i}.{j}" for i in range(4) for j in range(2)]
+    places += [f"middle_blks.{j}" for j in range(12)] + [f"decoders.{i}.{j}" for i in range(4)
+                                                         for j in range(2)]
     names = {f"{place}.{name}" for place in places for name in block}
     layers = ["intro", "ending", *(f"downs.{i}" for i in range(4))]
     names |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
@@ -160,7 +164,7 @@ def test_official_checkpoints_load(seed, prefix, tmp_path):
     network = randomised(NAFNet(**random_config(seed)), seed)
     params = {prefix + name: tensor for name, tensor in network.state_dict().items()}
     torch.save({"params": params}, tmp_path / "official.pth")
-    loaded = checkpoint.load_recon(tmp_path / "official.pth")
+    loaded = folder.load_recon(tmp_path / "official.pth")
     x = noise(1, 3, 13, 10)
     assert not loaded.training and torch.equal(loaded(x), network(x))
 
@@ -187,7 +191,8 @@ def test_noise_level_embedding_tells_close_levels_apart_under_autocast():
         embedding, out = noise_level_embedding(gamma, 64), network(x, x, gamma)
     assert embedding.dtype == torch.float32 and torch.equal(embedding, noise_level_embedding(gamma, 64))
     assert torch.cdist(embedding, embedding)[0, 1:].min() > 0.3
-    assert torch.cdist(embedding, embedding)[3, 2] > 1e-3  # the first step of the paper's schedule is not yet gamma = 1
+    # the first step of the paper's schedule is not yet gamma = 1
+    assert torch.cdist(embedding, embedding)[3, 2] > 1e-3
     assert (out[0] - out[1]).abs().max() > 0.01 * out.abs().max()
 
 
@@ -242,7 +247,8 @@ def test_unet_is_a_u(conditions, height, width):
 @pytest.mark.parametrize("conditions", [1, 2])
 def test_g_is_zero_at_start_and_takes_any_size(conditions, size):
     g = UNet(base=4, blocks=1, conditions=conditions)
-    x, d_t, gamma = noise(2, 3 * conditions, *size), noise(2, 3, *size, seed=1), torch.tensor([0.3, 0.999]).double()
+    x, d_t = noise(2, 3 * conditions, *size), noise(2, 3, *size, seed=1)
+    gamma = torch.tensor([0.3, 0.999]).double()
     assert torch.equal(g(x, d_t, gamma), torch.zeros(2, 3, *size))
     out = randomised(g, std=0.3)(x, d_t, gamma)
     assert out.shape == d_t.shape and out.isfinite().all() and out.any()
@@ -268,7 +274,8 @@ def test_unet_depends_on_all_that_it_is_given(arguments):
         for channel in range(tensor.shape[1] if tensor.dim() == 4 else 0):
             other = tensor.clone()
             other[:, channel] += 1
-            assert not torch.equal(network(*inputs), network(*[other if some is tensor else some for some in inputs]))
+            assert not torch.equal(network(*inputs),
+                                   network(*[other if some is tensor else some for some in inputs]))
     assert_every_parameter_matters(network, *inputs)
     rebuilt = UNet(**{key: value for key, value in network.config.items() if key != "arch"})
     rebuilt.load_state_dict(network.state_dict())
@@ -303,7 +310,8 @@ def test_unet_is_fully_convolutional(shift):
 
 
 def plain_controller(x, p):
-    """Sec. 3.2 in its own order: eight blocks, max-pooling after 2, 5, 6 and 8, residuals 2 -> 4 and 6 -> 8."""
+    """Sec. 3.2 in its own order: eight blocks, max-pooling after 2, 5, 6 and 8, residuals 2 -> 4 and 6 -> 8.
+    """
     outputs = {}
     for i in range(1, 9):
         name = f"blocks.{i - 1}"
@@ -321,7 +329,8 @@ def plain_controller(x, p):
     return x.flatten(1) @ p["fc.weight"].T + p["fc.bias"]
 
 
-@pytest.mark.parametrize("n, height, width", [(1, 8, 8), (2, 32, 32), (3, 40, 24), (5, 17, 65), (1, 128, 128)])
+@pytest.mark.parametrize("n, height, width", [(1, 8, 8), (2, 32, 32), (3, 40, 24), (5, 17, 65),
+                                              (1, 128, 128)])
 def test_controller_is_the_papers(n, height, width):
     s = randomised(StepController(4), seed=n, std=0.3)
     x = noise(n, 3, height, width, seed=n)
@@ -336,7 +345,8 @@ def test_controller_layers_and_shapes():
     for block in s.blocks:
         assert [type(layer) for layer in block] == [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU]
         assert block[0].kernel_size == (3, 3)
-        block.register_forward_hook(lambda block, inputs, output: seen.append((number[block], *output.shape[1:])))
+        block.register_forward_hook(
+            lambda block, inputs, output: seen.append((number[block], *output.shape[1:])))
     number = {block: i for i, block in enumerate(s.blocks, 1)}
     s(noise(2, 3, 64, 64))
     shapes = [(4, 64), (8, 64), (8, 32), (8, 32), (16, 32), (32, 16), (32, 8), (32, 8)]

@@ -2,24 +2,27 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import write_random_alexnet
 from PIL import Image
+from test_scripts import TINY, TINY_R, call, picture
 from torch import nn
 
 import evaluate
-import train_gen
 import train_recon
-from rng import checkpoint, data, figures, metrics, panels, scoring
+from rng import figures, metrics, scoring
 from rng.controller import StepController
-from rng.errors import InputError
-from rng.images import read_rgb
+from rng.folder import GenSettings, Schedules
 from rng.nafnet import NAFNet
 from rng.pipeline import RnG
+from rng.scoring import Method, Row
+from rng.support import charts, checkpoint
+from rng.support.data import Item
+from rng.support.errors import InputError
+from rng.support.images import read_rgb
 from rng.unet import UNet
 
 
@@ -29,262 +32,199 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     (folder / "model").mkdir()
-    (folder / "pictures").mkdir()
     recon, gen, s = NAFNet(4, (1,), 1, (1,)), UNet(4, (1, 2), 1), StepController(4)
     nn.init.normal_(gen.ending.weight, std=0.05)
-    settings = {"condition": "noisy", "target": "residual", "residual_scale": 10.0}
-    checkpoint.save_weights(folder / "model" / "recon.pt", "recon", recon.config, recon, {})
-    checkpoint.save_weights(folder / "model" / "gen.pt", "gen", {"unet": gen.config, **settings}, gen, {})
-    checkpoint.save_weights(folder / "model" / "controller.pt", "controller", s.config, s, {})
+    configs = recon.config, {"unet": gen.config, **GenSettings(residual_scale=10.0)._asdict()}, s.config
+    for kind, net, config in zip(("recon", "gen", "controller"), (recon, gen, s), (configs)):
+        checkpoint.save_weights(folder / "model" / f"{kind}.pt", kind, config, net, {})
     for n in range(2):
-        small = np.random.default_rng(n).integers(0, 256, (10, 20, 3), np.uint8)
-        Image.fromarray(small).resize((200, 100), Image.Resampling.BICUBIC).save(folder / "pictures" / f"p{n}.png")
+        picture(folder / "pictures" / f"p{n}.png", seed=n)
     write_random_alexnet(folder / "alexnet.npz")
     return folder
 
 
 @pytest.fixture
-def evaluated(world, tmp_path, monkeypatch, capsys):
-    """evaluate.py with these options -> (exit code, stdout, stderr)."""
+def run(world, tmp_path, monkeypatch):
+    """Calls evaluate.py with these options."""
     monkeypatch.chdir(tmp_path)
-
-    def evaluated(*options):
-        code = evaluate.main([str(option) for option in (
-            "--model", world / "model", "--data", "images", "--root", world / "pictures", "--device", "cpu",
-            "--precision", "float32", "--lpips-backbone", world / "alexnet.npz", "--steps", 2, *options)])
-        return code, *capsys.readouterr()
-    return evaluated
+    here = ("--model", world / "model", "--data", "images", "--root", world / "pictures", "--device", "cpu",
+            "--precision", "float32", "--sigma", 25, "--steps", 2, "--lpips-backbone", world / "alexnet.npz")
+    return lambda *options: call(evaluate, *here, *options)
 
 
-@pytest.fixture
-def run(evaluated):
-    """evaluate.py with these options -> (exit code, rows of the table as lists of cells, stderr)."""
-
-    def run(*options):
-        code, out, err = evaluated(*options)
-        return code, [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
-                      if line.startswith("|")][2:], err
-    return run
+def refused(result):
+    assert result.code == 2 and not result.rows and len(result.err.splitlines()) == 1
+    return result.err
 
 
 @pytest.fixture
-def other(world, tmp_path):
-    """A folder of another method's pictures: those of the data set."""
+def other(world, tmp_path):  # a folder of another method's pictures
     return shutil.copytree(world / "pictures", tmp_path / "other")
 
 
-def test_saved_pictures_scored_as_outputs_give_the_same_row(run, tmp_path):
-    _, rows, _ = run("--sigma", 25, 50, "--save", "saved")
-    code, again, _ = run("--sigma", 25, 50, "--outputs", "copy=saved/r alone", "truth=saved/ground truth")
-    assert code == 0 and len(rows) == 3 * 5 and len(again) == 3 * 7
+@pytest.mark.parametrize("options, shape", [((), (100, 200, 3)), (("--centre-crop", 64), (64, 64, 3))])
+def test_saved_pictures_scored_as_outputs_give_the_same_row(options, shape, run, tmp_path):
+    options = "--sigma", 25, 50, *options
+    first = {tuple(row[:2]): row[2:] for row in run(*options, "--save", "saved").rows}
+    again = run(*options, "--outputs", "copy=saved/r alone", "truth=saved/ground truth").rows
+    second = {tuple(row[:2]): row[2:] for row in again}
+    assert len(first) == 3 * 5 and len(again) == 3 * 7 and second | first == second
     for sigma in ("25.0", "50.0", "mean"):
-        first, second = ({row[1]: row[2:] for row in some if row[0] == sigma} for some in (rows, again))
-        assert second["copy"][:4] == second["r alone"][:4] == first["r alone"][:4] and second["copy"][4] == "-"
-        assert second["truth"][:4] == second["ground truth"][:4]
-    assert read_rgb(tmp_path / "saved" / "ground truth" / "50" / "p1.png").shape == (100, 200, 3)
+        assert second[sigma, "copy"] == [*first[sigma, "r alone"][:4], "-"]
+        assert second[sigma, "truth"] == first[sigma, "ground truth"]
+    assert read_rgb(tmp_path / "saved" / "ground truth" / "50" / "p1.png").shape == shape
+
+
+def blank(path, size=(9, 9)):
+    Image.new("RGB", size).save(path)
 
 
 @pytest.mark.parametrize("damage, sentence", [
-    (lambda folder: (folder / "p1.png").unlink(), "p1 is missing"),
-    (lambda folder: (folder / "p1.png").rename(folder / "q.png"), "p1 is missing"),
-    (lambda folder: Image.new("RGB", (9, 9)).save(folder / "extra.png"), "extra is not a picture of the data set"),
-    (lambda folder: Image.new("RGB", (9, 9)).save(folder / "p0.png"), "must be of one size"),
-    (lambda folder: Image.new("RGB", (9, 9)).save(folder / "p0.jpg"), "p0.jpg and p0.png differ only in their ending"),
-    (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), "is missing")])
-@pytest.mark.parametrize("options", [(), ("--figures", "figures")])
+    (lambda path: path.unlink(), "p1 is missing"),
+    (lambda path: path.rename(path.with_name("q.png")), "p1 is missing"),
+    (lambda path: blank(path.with_name("extra.png")), "extra is not a picture of the data set"),
+    (lambda path: blank(path.with_name("p1.jpg")), "p1.jpg and p1.png"),
+    (lambda path: shutil.rmtree(path.parent), "is missing"),
+    *((lambda path, size=size: blank(path, size), "{} x {}, its clean picture 200 x 100".format(*size))
+      for size in [(198, 100), (200, 98), (300, 200), (64, 60)])])
+@pytest.mark.parametrize("options", [("--figures", "figures"), ("--centre-crop", 64)])
 def test_outputs_that_do_not_match(options, damage, sentence, run, other):
-    damage(other)
-    code, rows, err = run("--sigma", 25, "--outputs", f"other={other}", *options)
-    assert code == 2 and not rows and sentence in err and err.count("\n") == 1
+    damage(other / "p1.png")
+    assert sentence in refused(run("--outputs", f"other={other}", *options))
 
 
 @pytest.mark.parametrize("options", [
-    "restormer", "=x", "name=", "copy=a copy=b", "ground truth=x", "noisy input=x", "r alone=x", "RnG=x", "RnG, detail 1=x",
-    "20 steps=x", "LDM 200 steps=x", "LDM 200 steps, eta 0=x", "mean=x", "best of these counts for each picture=x",
-    "../other=x", "a/b=x", "a\\b=x", "/=x", ".=x", "..=x"])
+    "restormer", "=x", "name=", "copy=a & copy=b", "ground truth=x", "noisy input=x", "r alone=x", "RnG=x",
+    "best of these counts for each picture=x", "2 steps=x", "../other=x", "a\\b=x", "/=x", ".=x", "..=x"])
 def test_names_of_other_methods_that_cannot_be_rows_and_folders(options, run, tmp_path):
-    options = options.split() if options.startswith("copy") else [options]
-    code, rows, err = run("--save", "saved", "--outputs", *options)
-    assert code == 2 and not rows and "--outputs" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "--outputs" in refused(run("--save", "saved", "--outputs", *options.split(" & ")))
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["perceptual", "generative", "LDM-200", "r alone, wider", "steps", "my RnG", "PDASR v1.2"])
-def test_other_names_of_other_methods_are_rows(name):
-    assert scoring.named_folders([f"{name}=results/clean/100 steps", "b=c=d"]) == {
-        name: Path("results/clean/100 steps"), "b": Path("c=d")}
-
-
-@pytest.mark.parametrize("option", ["--save", "--outputs", None])
-def test_pictures_of_one_stem_cannot_be_saved_or_compared(option, run, world, tmp_path, other):
-    pictures = shutil.copytree(world / "pictures", tmp_path / "pictures")
-    Image.open(pictures / "p1.png").save(pictures / "p1.jpg")
-    values = {"--save": ["saved"], "--outputs": [f"other={other}"], None: []}[option]
-    code, _, err = run("--sigma", 25, "--root", pictures, *filter(None, [option]), *values)
-    assert code == (2 if option else 0) and ("p1.jpg and p1.png differ only in their ending" in err) == bool(option)
-    assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("size", [(198, 100), (200, 98), (300, 200), (64, 60)])
-def test_sizes_are_compared_before_the_centre_is_cut(size, run, other):
-    _, rows, _ = run("--sigma", 25, "--centre-crop", 64, "--outputs", f"other={other}")
-    assert {row[1]: row[2:] for row in rows}["other"][0] == "0.0000"
-    Image.new("RGB", size).save(other / "p1.png")
-    code, rows, err = run("--sigma", 25, "--centre-crop", 64, "--outputs", f"other={other}")
-    assert code == 2 and not rows and "{} x {}, its clean picture 200 x 100".format(*size) in err
-
-
-def test_centres_that_were_saved_can_be_scored_again(run, tmp_path):
-    _, first, _ = run("--sigma", 25, "--centre-crop", 64, "--save", "saved")
-    _, rows, _ = run("--sigma", 25, "--centre-crop", 64, "--outputs", f"again={tmp_path / 'saved' / 'r alone'}")
-    assert rows[-1][1] == "again" and rows[-1][2:6] == next(row[2:6] for row in first if row[1] == "r alone")
+@pytest.mark.parametrize("option", ["--save=saved", "--outputs=other=other"])
+def test_pictures_of_one_stem_cannot_be_saved_or_compared(option, run, tmp_path, other):
+    blank(other / "p1.jpg", (200, 100))
+    assert "p1.jpg and p1.png" in refused(run("--root", other, option)) and not (tmp_path / "saved").exists()
+    assert run("--root", other).code == 0
 
 
 def test_outputs_for_the_whole_set_do_for_a_part_of_it(run, other):
-    code, rows, _ = run("--sigma", 25, "--limit", 1, "--outputs", f"other={other}")
-    assert code == 0 and rows[-1][:3] == ["25.0", "other", "0.0000"]
+    options = "--limit", 1, "--centre-crop", 64, "--outputs", f"other={other}"
+    rows = run(*options).rows
+    assert rows[-1][:3] == ["25.0", "other", "0.0000"]
     (other / "p1.png").unlink()
-    assert run("--sigma", 25, "--limit", 1, "--outputs", f"other={other}")[:2] == (code, rows)
+    assert run(*options).rows == rows
     shutil.copy(other / "p0.png", other / "q.png")
-    code, _, err = run("--sigma", 25, "--limit", 1, "--outputs", f"other={other}")
-    assert code == 2 and "q is not a picture of the data set" in err
+    assert "q is not a picture of the data set" in refused(run(*options))
 
 
 @pytest.mark.parametrize("options", [(), ("--figures", "figures"), ("--search-schedule",)])
-@pytest.mark.parametrize("side", [1, 10, 16, 30])
-def test_pictures_too_small_to_score_are_one_sentence(side, options, run):
-    code, rows, err = run("--sigma", 25, "--centre-crop", side, *options)
-    assert code == 2 and not rows and f"p0.png: {side} x {side} pixels" in err and err.count("\n") == 1
+def test_pictures_too_small_to_score_are_one_sentence(options, run):
+    for side in (1, 30):
+        assert f"p0.png: {side} x {side} pixels" in refused(run("--centre-crop", side, *options))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_pictures_are_scored_from_31_pixels_and_by_niqe_from_two_blocks(seed, world):
-    generator = np.random.default_rng(seed)
-    height, width = generator.integers(*((25, 37) if seed % 2 else (90, 200)), 2)
-    image = generator.integers(0, 256, (height, width, 3), np.uint8)
-    item = data.Item("a.png", image)
+@pytest.mark.parametrize("size", [(30, 99), (99, 30), (31, 31), (95, 300), (96, 191), (96, 192), (192, 96)])
+def test_pictures_are_scored_from_31_pixels_and_by_niqe_from_two_blocks(size, world):
+    height, width = size
+    item = Item("a.png", np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
     if min(height, width) < 31:
         with pytest.raises(InputError, match=f"{width} x {height} pixels are too few"):
             scoring.inputs(item, 25)
         return
     clean, noisy = scoring.inputs(item, 25, clip_noisy=True)
-    lpips, niqe, psnr, ssim = scoring.measure(metrics.LPIPS(world / "alexnet.npz"), noisy, clean)
-    assert np.isfinite([lpips, psnr, ssim]).all() and np.isfinite(niqe) == ((height // 96) * (width // 96) >= 2)
+    scores = scoring.measure(metrics.LPIPS(world / "alexnet.npz"), noisy, clean)
+    assert np.isfinite(scores).tolist() == [True, (height // 96) * (width // 96) >= 2, True, True]
 
 
-def test_small_pictures_have_figures_too(run, recwarn):
-    assert run("--sigma", 25, "--centre-crop", 31, "--figures", "figures")[0] == 0 and not recwarn.list
+def test_niqe_is_the_mean_over_the_pictures_that_have_one(run, other):
+    blank(other / "p1.png", (200, 100))
+    table = run("--root", other)
+    assert table.rows[0][3] == run("--root", other, "--limit", 1).rows[0][3] != "-"
+    assert "NIQE has no value for these, flat or under two blocks of 96 pixels: p1.png\n" in table.out
 
 
-@pytest.mark.parametrize("chosen, nearest", [(0, 1), (1, 1), (2, 1), (3, 4), (4, 4), (9, 4)])
-@pytest.mark.parametrize("options", ["--sigma 25", "--sigma 25 50 --detail 0.5 1"])
-def test_the_fixed_count_nearest_to_the_controllers_mean(options, chosen, nearest, evaluated, monkeypatch):
-    monkeypatch.setattr(RnG, "predict_steps", lambda self, x: [chosen] * len(x))
-    _, out, _ = evaluated(*options.split(), "--centre-crop", 32, "--steps", 4, 1)
-    assert out.splitlines()[-1] == f"The fixed count nearest to RnG's mean of {chosen:.1f} steps: {nearest} steps."
-    assert "nearest" not in evaluated(*options.split(), "--centre-crop", 32, "--steps")[1]
+@pytest.mark.parametrize("chosen, nearest", [(0, 1), (2, 1), (3, 4), (9, 4)])
+@pytest.mark.parametrize("options", [[], ["--sigma", 25, 50, "--detail", 0.5, 1]])
+def test_the_fixed_count_nearest_to_the_controllers_mean(options, chosen, nearest, run, monkeypatch):
+    monkeypatch.setattr(RnG, "s", lambda self, x: torch.full((len(x),), chosen))
+    last = run(*options, "--centre-crop", 32, "--steps", 4, 1).out.splitlines()[-1]
+    assert last == f"The fixed count nearest to RnG's mean of {chosen:.1f} steps: {nearest} steps."
+    assert "nearest" not in run(*options, "--centre-crop", 32, "--steps").out
 
 
 def test_a_row_for_each_detail(run):
-    _, rows, _ = run("--sigma", 25, "--detail", 0, 0.5, 1)
-    _, single, _ = run("--sigma", 25)
-    found = {row[1]: row[2:] for row in rows}
+    found = {row[1]: row[2:] for row in run("--detail", 0, 0.5, 1).rows}
     assert found["2 steps, detail 0"][:4] == found["r alone"][:4]
-    assert found["2 steps, detail 1"] == {row[1]: row[2:] for row in single}["2 steps"]
+    assert found["2 steps, detail 1"] == {row[1]: row[2:] for row in run().rows}["2 steps"]
     assert list(found)[2:] == ["r alone", *(f"{method}, detail {detail}" for method in ("2 steps", "RnG")
                                             for detail in ("0", "0.5", "1"))]
 
 
-def test_plane_and_figures_are_pictures(run, tmp_path):
-    run("--sigma", 25, "--detail", 0.5, 1, "--plot", "plane.png")
+def test_plane_and_figures_are_pictures(run, tmp_path, recwarn, monkeypatch):
+    run("--detail", 0.5, 1, "--plot", "plane.png")
     assert read_rgb(tmp_path / "plane.png").std() > 20
-    code, rows, _ = run("--sigma", 25, "--figures", "figures")
-    assert code == 0 and not rows
-    shapes = [read_rgb(tmp_path / "figures" / f"fig{n}.png").shape for n in (3, 4, 5)]
-    assert shapes[0][0] > 2 * 100 and shapes[1][0] == 2 * (2 * 100 + 22) + 6
+    assert not run("--figures", "figures").rows
+    heights = [len(read_rgb(tmp_path / "figures" / f"fig{n}.png")) for n in (3, 4, 5)]
+    assert heights[0] > 2 * 100 and heights[1] == 2 * (2 * 100 + 22) + 6
+    assert run("--centre-crop", 31, "--figures", "small").code == 0 and not recwarn.list
+    monkeypatch.setattr(metrics, "load_lpips", lambda *_: None)
+    assert "--lpips-backbone" in refused(run("--plot", "none.png"))
 
 
-@pytest.mark.parametrize("details", [(), (1.0,), (0.25, 0.5), (0, 0.75, 1)])
-@pytest.mark.parametrize("counts", [(), (20,), (10, 20, 100)])
-def test_lines_of_the_plane(counts, details, monkeypatch):
+def test_lines_of_the_plane(monkeypatch):
     """One line over the fixed counts, one of RnG over the details, a point for everything else."""
-    names = [f"{method}, detail {detail}" if len(details) > 1 else method
-             for method in (*(f"{n} steps" for n in counts), "RnG") for detail in details or [1]]
-    rows = [(name, n / 100, 30 + n) for n, name in enumerate(["r alone", *names, "other"])]
-    at = {name: psnr for name, _, psnr in rows}
-    monkeypatch.setattr(panels, "chart", lambda series, *_: series)
-    lines = {one.name: one for one in panels.perception_distortion(rows)}
-    assert list(lines) == (["fixed steps"] if counts else []) + ["RnG", "r alone", "other"]
-    last = f", detail {details[-1]}" if len(details) > 1 else ""
-    if counts:
-        assert list(lines["fixed steps"].x) == [at[f"{n} steps{last}"] for n in counts]
-    assert list(lines["RnG"].x) == [psnr for name, psnr in at.items() if name.startswith("RnG")]
-    assert all(one.labels == () or len(one.labels) == len(one.x) == len(one.y) > 1 for one in lines.values())
-
-
-def test_the_plane_without_lpips_is_refused(run, world, monkeypatch):
-    monkeypatch.setattr(scoring.metrics, "load_lpips", lambda *_: None)
-    code, _, err = run("--sigma", 25, "--plot", "plane.png")
-    assert code == 2 and "--lpips-backbone" in err
+    methods = [("r", 0, 1), ("fixed", 10, 0.5), ("fixed", 10, 1), ("fixed", 20, 0.5), ("fixed", 20, 1),
+               ("auto", "auto", 0.5), ("auto", "auto", 1), ("other", None, 1)]
+    rows = [Row(None, Method(kind[0], *kind), n, 5, 30 + n, 0.9, 0) for n, kind in enumerate(methods)]
+    monkeypatch.setattr(figures, "chart", lambda series, *_: {name: rest for name, *rest in series})
+    assert figures.perception_distortion(rows) == {
+        "fixed steps": [[32, 34], [2, 4], ["10", "20"]], "RnG": [[35, 36], [5, 6], ["0.5", "1"]],
+        "r": [[30], [0], ()], "other": [[37], [7], ()]}
+    assert figures.perception_distortion(rows[-2:]) == {"RnG": [[36], [6], ()], "other": [[37], [7], ()]}
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("detail", [0.25, 0.75, 1, 1.25, 2])
 def test_every_d_0_of_fig_5_has_the_scale_of_the_sum(detail, seed, world, monkeypatch):
     """At t = 1 Eq. 3 is the estimate, so that the last one, amplified, is what the sum adds to r(x)."""
-    monkeypatch.setattr(panels, "shown", lambda y, text: (text, y))
+    monkeypatch.setattr(figures, "shown", lambda y, text: (text, y))
     model = RnG.load(world / "model", "cpu", "float32")
-    model.details[3] = detail
-    clean, noisy = scoring.inputs(data.Item("p0", world / "pictures" / "p0.png"), 25, 48)
-    shown = dict(panel for row in panels.residual_rows(model, clean, noisy, seed, 3, (3, 1)) for panel in row
-                 if isinstance(panel, tuple))
+    model.schedules = Schedules(details={3: detail})
+    pair = scoring.inputs(Item("p0", world / "pictures" / "p0.png"), 25, 48)
+    first, second = figures.residual_rows(model, *pair, seed, 3, (3, 1))
+    shown = dict([*first, *second[:-1]])
     d_0 = shown["r(x) + d_0"] - shown["r(x)"]
-    torch.testing.assert_close(shown["d_0 as seen at t = 1"], (0.5 + panels.AMPLIFY * d_0).clamp(0, 1), atol=1e-5, rtol=0)
-    assert d_0.std() > 0.01
+    expected = (0.5 + figures.AMPLIFY * d_0).clamp(0, 1)
+    assert d_0.std() > 0.01 and torch.allclose(shown["d_0 as seen at t = 1"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_ticks_are_round_and_within(seed):
     generator = np.random.default_rng(seed)
-    low = generator.normal() * 10.0 ** generator.integers(-4, 4)
-    high = low + 10.0 ** generator.uniform(-4, 4)
-    ticks = figures.ticks(low, high)
+    low, length = generator.normal() * 10.0 ** generator.integers(-4, 4), 10.0 ** generator.uniform(-4, 4)
+    ticks = np.array(charts.ticks(low, low + length))
+    assert 1 <= len(ticks) <= 7 and low - 1e-9 <= ticks[0] and ticks[-1] <= low + length + 1e-9
     apart = np.diff(ticks)
-    assert 1 <= len(ticks) <= 7 and np.allclose(apart, apart[:1]) and low - 1e-9 <= ticks[0] and ticks[-1] <= high + 1e-9
-    if len(ticks) > 1:
-        mantissa = apart[0] / 10 ** np.floor(np.log10(apart[0]) + 1e-9)
-        assert min(abs(mantissa - np.array([1, 2, 5, 10]))) < 1e-6
+    mantissa = apart[:1, None] / 10 ** np.floor(np.log10(apart[:1, None]) + 1e-9)
+    assert np.allclose(apart, apart[:1]) and (np.abs(mantissa - [1, 2, 5, 10]).min(axis=1) < 1e-6).all()
 
 
 def test_spectrum_of_white_noise_is_flat_and_of_a_blur_falls():
     noise = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    frequency, power = panels.spectrum(noise)
+    frequency, power = figures.spectrum(noise)
+    _, blurred = figures.spectrum(nn.functional.avg_pool2d(noise, 3, 1, 1))
     assert 0 < frequency[0] < frequency[-1] < 0.5 and np.abs(power[2:]).max() < 0.15
-    _, blurred = panels.spectrum(nn.functional.avg_pool2d(noise, 3, 1, 1))
     assert blurred[2] - blurred[-1] > 1
 
 
-def test_training_curves(tmp_path, capsys):
-    lines = [{"iteration": k, "loss": 1 / k} | ({"psnr": 20 + k, "lpips": 0.1, "psnr_recon": 25, "lpips_recon": 0.2}
-                                                if k % 2 == 0 else {}) for k in range(1, 9)]
-    (tmp_path / "train_gen.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert figures.main([str(tmp_path), str(tmp_path / "curves.png")]) == 0
-    assert read_rgb(tmp_path / "curves.png").std() > 10
-    (tmp_path / "train_gen.jsonl").unlink()
-    assert figures.main([str(tmp_path), str(tmp_path / "none.png")]) == 2 and not (tmp_path / "none.png").exists()
-    assert figures.main([]) == 2 and "train first" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script, sizes", [(train_recon, "--width 4 --enc 1 --middle 1 --dec 1"),
-                                           (train_gen, "--base 4 --blocks 1")])
-def test_perceptual_weight_is_part_of_the_loss(script, sizes, world, tmp_path):
+def test_perceptual_weight_is_part_of_the_loss(world, tmp_path):
     def first_loss(weight):
         folder = tmp_path / str(weight)
-        shutil.copytree(world / "model", folder)
-        options = ("--data", "images", "--root", world / "pictures", "--model", folder, "--perceptual-weight", weight,
-                   "--batch", 2, "--iterations", 1, "--crop", 64, "--validation", 1, "--workers", 0, "--sigma", 25,
-                   "--device", "cpu", "--precision", "float32", "--lpips-backbone", world / "alexnet.npz")
-        assert script.main([*sizes.split(), *map(str, options)]) == 0
-        return json.loads(next(folder.glob("train_*.jsonl")).read_text().splitlines()[0])["loss"]
+        assert call(train_recon, "--data", "images", "--root", world / "pictures", "--model", folder, *TINY,
+                    *TINY_R, *"--iterations 1 --crop 64 --validation 1 --workers 0 --sigma 25".split(),
+                    "--perceptual-weight", weight, "--lpips-backbone", world / "alexnet.npz").code == 0
+        return json.loads((folder / "train_recon.jsonl").read_text())["loss"]
 
     plain, light, heavy = map(first_loss, (0, 1, 3))
     assert light > plain and heavy - plain == pytest.approx(3 * (light - plain), rel=1e-4)

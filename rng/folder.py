@@ -1,0 +1,163 @@
+"""A model folder: recon.pt (r), gen.pt (g), controller.pt (s), schedule.json, and whether they fit together."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rng import ddpm
+from rng.controller import StepController
+from rng.nafnet import NAFNet, config_from_state_dict
+from rng.support.checkpoint import fingerprint, load, load_weights, rebuild
+from rng.support.errors import InputError, write_text
+from rng.unet import UNet
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class GenSettings(NamedTuple):
+    """How g was trained, kept beside its weights."""
+
+    condition: str = "noisy"       # what g sees: "noisy" x, "initial" r(x), or "both"
+    target: str = "residual"       # of "clean" (Table 4) r is the constant 0.5
+    residual_scale: float = 1.0    # d_0 = (y - r(x)) * residual_scale
+    train_end: float = 0.01        # end point of 1 - alpha in training
+    recon: str | None = None       # fingerprint of its r; None: not known
+
+
+class Schedules(NamedTuple):
+    """What Sec. 3.1's grid search found for each step count T that it tried, with defaults for the others."""
+
+    ends: dict = {}                # {T: end point of 1 - alpha}, else ddpm.default_end
+    details: dict = {}             # {T: scale of d_0}, else 1
+    variance: str = "paper"        # of Eq. 3's noise, see ddpm.linear_schedule
+
+    def of(self, T):
+        """The ddpm.Schedule of T steps."""
+        return ddpm.linear_schedule(T, self.ends.get(T, ddpm.default_end(T)), self.variance)
+
+    def detail(self, T):
+        """The scale of d_0 after T steps; 0 for r alone."""
+        return self.details.get(T, 1.0) if T else 0.0
+
+
+def find(name_or_folder):
+    """The model folder, or that of a model that ships in rng/weights; a path that exists wins."""
+    for folder in (Path(name_or_folder), WEIGHTS / name_or_folder):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"there is no model {name_or_folder}; name a folder with recon.pt in it, or the default")
+
+
+def load_recon(path):
+    """r from recon.pt or an official NAFNet checkpoint {"params": state_dict}, with or without `module.`."""
+    content, x = load(path), torch.zeros(1, 3, 16, 16)
+    if isinstance(content, dict) and isinstance(content.get("params"), dict):
+        try:
+            state_dict = {name.removeprefix("module."): tensor for name, tensor in content["params"].items()}
+            config = config_from_state_dict(state_dict)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} has no NAFNet in it; name a NAFNet checkpoint") from error
+        return rebuild(path, NAFNet, config, state_dict, x)
+    content = load_weights(path, "recon")
+    config = {key: value for key, value in content["config"].items() if key != "arch"}
+    make = UNet if content["config"].get("arch") == "unet" else NAFNet
+    return rebuild(path, make, config, content["state_dict"], x)
+
+
+def load_gen(path):
+    """g from gen.pt -> (UNet, GenSettings)."""
+    content = load_weights(path, "gen")
+    try:
+        config = dict(content["config"])
+        unet = config.pop("unet")
+        settings = GenSettings(**config)
+        possible = (settings.condition in ("noisy", "initial", "both")
+                    and settings.target in ("residual", "clean")
+                    and settings.residual_scale is not True
+                    and 0 < settings.residual_scale <= torch.finfo(torch.float32).max
+                    and ddpm.BETA_1 <= settings.train_end < 1 and isinstance(settings.recon, str | None))
+        unet = {key: value for key, value in unet.items() if key != "arch"} | {"noise_level": True}
+    except (LookupError, TypeError, AttributeError):
+        possible = False
+    if not possible:
+        raise InputError(f"{path} does not hold the network it should; fetch or train it again")
+    x = torch.zeros(1, 6 if settings.condition == "both" else 3, 16, 16)
+    d_t, gamma = torch.zeros(1, 3, 16, 16), torch.tensor([0.5], dtype=torch.float64)
+    return rebuild(path, UNet, unet, content["state_dict"], x, d_t, gamma), settings
+
+
+def load_controller(path):
+    """s from controller.pt -> (StepController, `made_with` of its labels or None where that is not known)."""
+    content = load_weights(path, "controller")
+    config = dict(content["config"])
+    made_with = config.pop("made_with", None)
+    return rebuild(path, StepController, config, content["state_dict"], torch.zeros(1, 3, 16, 16)), made_with
+
+
+def read_schedule(folder):
+    """schedule.json as it is, None without one; InputError if it is not JSON."""
+    path = folder / "schedule.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged; search it again (evaluate.py --search-schedule)") from error
+
+
+def load_schedules(folder, gen):
+    """Schedules from schedule.json, else the defaults. gen: g's fingerprint or None; InputError if another's."""
+    if not (folder / "schedule.json").exists():
+        return Schedules()
+    content = read_schedule(folder)
+    try:
+        ends, details = ({int(T): float(value) for T, value in part.items()}
+                         for part in (content["end"], content.get("detail", {})))
+        found = Schedules(ends, details, content.get("variance", "paper"))
+        searched_with = content.get("gen", gen)
+        for T in ends:
+            found.of(T)  # refuses end points that cannot be
+        possible = all(0 <= detail <= 2 for detail in details.values()) and found.variance in ddpm.VARIANCES
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        possible = False
+    if not possible:
+        raise InputError(f"{folder / 'schedule.json'} is damaged; remove it and run evaluate.py "
+                         "--search-schedule again")
+    if searched_with != gen:
+        raise InputError(f"{folder / 'schedule.json'} was searched with another gen.pt; "
+                         "run evaluate.py --search-schedule again")
+    return found
+
+
+def save_schedules(folder, found, gen):
+    """Writes schedule.json, readable by eye: Schedules and the fingerprint of the g they were searched with."""
+    content = {"gen": gen, "variance": found.variance, "end": found.ends, "detail": found.details}
+    write_text(folder / "schedule.json", json.dumps(content, indent=1) + "\n")
+
+
+def made_with(folder):
+    """The fingerprints that labels and s depend on: {"gen": g's, "schedule": schedule.json's or None}."""
+    schedule = read_schedule(folder)
+    return {"gen": fingerprint(load_gen(folder / "gen.pt")[0]),
+            "schedule": None if schedule is None else fingerprint(schedule)}
+
+
+def load_model(folder, schedule=True):
+    """The networks of a folder -> (r, g or None, GenSettings or None, s or None, Schedules).
+
+    Only recon.pt must be there. schedule=False does not read schedule.json. InputError if they do not match.
+    """
+    recon = load_recon(folder / "recon.pt")
+    gen = settings = controller = None
+    if (folder / "gen.pt").exists():
+        gen, settings = load_gen(folder / "gen.pt")
+        if settings.recon not in (None, fingerprint(recon)):
+            raise InputError(f"{folder / 'gen.pt'} was trained with another recon.pt; bring back that one, "
+                             "or train g again")
+    schedules = load_schedules(folder, gen and fingerprint(gen)) if schedule else Schedules()
+    if (folder / "controller.pt").exists():
+        controller, labelled_with = load_controller(folder / "controller.pt")
+        if gen and schedule and labelled_with not in (None, made_with(folder)):
+            raise InputError(f"{folder / 'controller.pt'} was trained for another gen.pt or schedule.json; "
+                             "bring those back, or remove it and train s again")
+    return recon, gen, settings, controller, schedules

@@ -1,0 +1,1 @@
+"""What any image model needs: files, data sets, noise, training runs, devices, errors."""

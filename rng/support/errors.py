@@ -1,0 +1,124 @@
+"""Errors that a user can mend, options that name themselves in them, and files that are written whole or not
+at all."""
+
+import argparse
+import functools
+import io
+import math
+import os
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(Exception):
+    """A file, folder or option that cannot be used; the message is one sentence that says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one InputError; its help keeps the lines of the script's
+    docstring."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def script(main):
+    """Wraps a script's `main(argv=None) -> int`: an InputError becomes one line on stderr and exit code 2.
+
+    Ctrl-C ends it with 130, a reader that closed the pipe of its output with 141. What that output's encoding
+    lacks is escaped.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a second one nothing is left to stop
+            print("stopped", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            return 141
+
+    return wrapped
+
+
+def number(kind, low, high=math.inf):
+    """A type for add_argument: an int or a float (kind) from low to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limit = "" if high == math.inf else f" to {high:g}"
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} is not possible, give a {name} from {low:g}{limit}")
+        return value
+
+    return parse
+
+
+def make_folder(folder):
+    """Creates a folder and its parents where they are missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise InputError(f"cannot create the folder {folder}: {reason}; name another") from error
+
+
+@contextmanager
+def replacing(path, keep=True):
+    """Yields the name of a file to write, which then takes the place of `path` (of what it links to) in one
+    step.
+
+    After an error, or without keep, it is removed and `path` stays as it was. The name is short, since that
+    of `path` may be as long as names can be, and no other process has it; the mode of a file that is replaced
+    stays.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{os.urandom(6).hex()}.tmp")
+    try:
+        yield temporary
+        if keep:
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all; InputError if it cannot be written."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise InputError(f"cannot write {path}: {reason}; name a file in a folder that exists") from error
+
+
+def append_line(path, text):
+    """Adds a line to a text file; InputError if the disk is full. What a failure leaves of it has no line
+    end."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise InputError(f"{path} not written ({reason}); make space, the same command goes on") from error
