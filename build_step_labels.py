@@ -5,8 +5,7 @@
 
 Each patch is one line of MODEL/step_labels.jsonl, so the same command goes on where it was stopped. Under
 torchrun each process makes its share of the patches, on a GPU of its own; those after the first write
-MODEL/step_labels.N.jsonl. A picture that cannot be read is named at the end; the patches of the others are
-made.
+MODEL/step_labels.N.jsonl. Pictures that cannot be read are named at the end; other patches are made.
 """
 
 import functools

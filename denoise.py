@@ -82,8 +82,8 @@ def plan(source, out, parts_folder, overwrite):
     inputs = {file_identity(path) for path in sources}
     for target in written:
         if os.path.exists(target) and file_identity(target) in inputs and not overwrite:
-            raise InputError(f"{target} is an input as well; give --overwrite to replace it, or name another "
-                             "OUT")
+            raise InputError(f"{target} is an input as well; give --overwrite to replace it, or name "
+                             "another OUT")
     if len({os.path.realpath(target) for target in written}) < len(written):
         raise InputError("results and parts would replace each other; give --save-parts a folder of its own")
     return jobs
@@ -130,8 +130,7 @@ def residual_picture(residual):
 
 
 def used_span(pixels):
-    """(low, high) of a 16-bit picture that uses less than a quarter of its range, as from a microscope; else
-    None."""
+    """(low, high) of a 16-bit picture using under a quarter of its range, as from a microscope, else None."""
     if pixels.dtype != np.uint16:
         return None
     some = pixels[::max(1, len(pixels) // 1000)]

@@ -23,8 +23,7 @@ from rng.support.checkpoint import fingerprint
 from rng.support.errors import InputError, Parser, make_folder, number, script, write_text
 from rng.support.images import check_writable, to_8_bit, to_tensor, write_picture
 
-# of 1 - alpha; 10 steps start from noise (search.NOISY_ENOUGH) with 0.4 or more, 100 with 0.05 or more
-ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # NOISY_ENOUGH: from 0.4 for 10 steps, 0.05 for 100
 BEST = "best of these counts for each picture"  # a row of the table
 
 
@@ -50,15 +49,13 @@ def parse(argv):
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the generated detail (default: 0)")
     add = parser.add_argument_group("results").add_argument
     add("--metric-patches", action="store_true", help="score 256 x 256 patches, as the paper does")
-    add("--outputs", nargs="+", default=[], metavar="NAME=DIR",
-        help="score other methods' pictures too, with the names of the data set's; for several sigmas in "
-             "folders DIR/15, DIR/25, ...")
+    add("--outputs", nargs="+", default=[], metavar="NAME=DIR", help="score other methods' pictures too, "
+        "with the names of the data set's; for several sigmas in folders DIR/15, DIR/25, ...")
     add("--save", type=Path, help="write every scored picture to this folder")
     add("--csv", type=Path, default=Path("evaluation.csv"), help="the table (default: evaluation.csv)")
     add("--plot", type=Path, help="draw PSNR against LPIPS (Fig. 1) into this PNG")
-    add("--figures", type=Path,
-        help="instead of a table draw Figs. 3, 4 (with --outputs: Fig. 6) and 5 into this folder; with "
-             "--limit 3")
+    add("--figures", type=Path, help="instead of a table draw Figs. 3, 4 (with --outputs: Fig. 6) and 5 into "
+                                     "this folder; with --limit 3")
     add("--lpips-backbone", help="file with AlexNet's convolutions (default: fetched once)")
     add = parser.add_argument_group("search").add_argument
     add("--search-schedule", action="store_true",
@@ -67,9 +64,8 @@ def parse(argv):
     add("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
     add("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
         help="scales of d_0 to search beside them (default: 1; the paper knows no other)")
-    add("--ramp", type=number(float, 0, 2), nargs=2, metavar=("LOW", "HIGH"),
-        help="instead: d_0 times LOW after 10 steps, rising to HIGH, so that s chooses how much detail a "
-             "patch gets; not in the paper")
+    add("--ramp", type=number(float, 0, 2), nargs=2, metavar=("LOW", "HIGH"), help="instead: d_0 times LOW "
+        "after 10 steps, rising to HIGH, so that s chooses how much detail a patch gets; not in the paper")
     add("--ramp-steps", type=int, choices=STEPS[2:], default=STEPS[-1],
         help="steps from which it is HIGH (default: 100)")
     add("--variance", choices=ddpm.VARIANCES, default="paper",
@@ -97,8 +93,7 @@ def main(argv=None):
     return 0
 
 
-def protocol(args, model, some, sigmas):
-    """One line that says how the numbers below it were made."""
+def protocol(args, model, some, sigmas):  # one line that says how the numbers below it were made
     kept = "clipped and 8-bit" if args.clip_noisy else "float, not clipped"
     noise = "real noise" if sigmas == [None] else f"Gaussian noise, RGB, numpy seed 0 for each image, {kept}"
     part = f"centre {args.centre_crop} x {args.centre_crop}" if args.centre_crop else "whole images"
@@ -108,8 +103,7 @@ def protocol(args, model, some, sigmas):
             f"on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}.")
 
 
-def methods(args, model):
-    """The rows of the table but for --outputs."""
+def methods(args, model):  # the rows of the table but for --outputs
     own = [Method("ground truth", "truth"), Method("noisy input", "noisy"), Method("r alone", "r", 0)]
     counts = [(f"{T} steps", "fixed", T) for T in args.steps] if model.gen else []
     counts += [("RnG", "auto", "auto")] if model.gen and model.controller else []
@@ -178,7 +172,8 @@ def score(args, model, some, every, sigmas):
                  for value, digits in zip(values, (4, 3, 2, 4, 1))]
         print(f"| {'-' if sigma is None else sigma} | {method.name} | " + " | ".join(cells) + " |")
     if without_niqe:
-        print(f"\nNIQE has no value for these, flat or under two blocks of 96 pixels: {', '.join(without_niqe)}")
+        print("\nNIQE has no value for these, flat or under two blocks of 96 pixels: "
+              f"{', '.join(without_niqe)}")
     chosen, fixed = ([row.steps for row in last if row.method.kind == kind] for kind in ("auto", "fixed"))
     if chosen and fixed:  # the rows of Table 5
         nearest = min(fixed, key=lambda steps: abs(steps - chosen[0]))

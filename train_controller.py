@@ -125,8 +125,8 @@ def labelled_patches(args, labels):
             reason = error.strerror.lower()
             raise InputError(f"no room for the patches in {args.model}: {reason}; make space") from error
     patches = np.memmap(file, np.float16, "c", shape=(len(labels), 3, size, size))
-    return torch.from_numpy(patches), torch.tensor([[math.inf if value is None else value for value in label.lpips]
-                                  for label in labels])
+    return torch.from_numpy(patches), torch.tensor(
+        [[math.inf if value is None else value for value in label.lpips] for label in labels])
 
 
 def stream(args, patches, target, names, held_out, start, stop):

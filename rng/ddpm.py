@@ -76,7 +76,7 @@ def draw_gamma(schedule, generator):
 def loss(g, x, d_0, gamma, eps, p=1):
     """Eqs. 2 and 5: mean |eps - g(x, sqrt(gamma) d_0 + sqrt(1 - gamma) eps, gamma)|^p; the paper's p is 1.
 
-    x: condition (N, C, H, W) in [0, 1]; d_0: scaled residual, eps: (N, 3, H, W); gamma: (N,) float64.
+    x: condition (N, C, H, W) in [0, 1]. d_0: scaled residual, eps: (N, 3, H, W). gamma: (N,) float64.
     """
     d_t = q_sample(d_0, gamma, eps)
     return (eps - g(x, d_t, gamma).float()).abs().pow(p).mean()
@@ -95,9 +95,9 @@ def step(d_t, eps_hat, t, schedule, eps_t):
 
 @torch.inference_mode()
 def sample(g, x, schedule, noise):
-    """Algorithm 1 but for r and the sum: conditions x (N, C, H, W) -> d_0 (N, 3, H, W) float32.
+    """Algorithm 1 from line 1's d_T to line 5: conditions x (N, C, H, W) -> d_0 (N, 3, H, W) float32.
 
-    g(x, d_t, gamma) -> eps_hat, with gamma (N,) float64; schedule: its length says T.
+    g(x, d_t, gamma) -> eps_hat, with gamma (N,) float64. schedule: its length says T.
     noise(key) -> (N, 3, H, W): d_T for key 0, eps_t for key t.
     """
     d_t = noise(0)                                                                               # line 1

@@ -14,9 +14,9 @@ AMPLIFY = 4    # residuals are shown this many times larger, around grey
 
 
 def perception_distortion(rows, title=""):
-    """scoring.Rows -> Fig. 1's plane, an Image: lines for the fixed step counts and RnG's details, else points."""
+    """scoring.Rows -> Fig. 1's plane, an Image: lines for fixed steps and for RnG's details, else points."""
     series = []
-    counts = {row.method.steps: row for row in rows if row.method.kind == "fixed"}  # the last detail
+    counts = {row.method.steps: row for row in rows if row.method.kind == "fixed"}  # each's last detail
     details = {f"{row.method.detail:g}": row for row in rows if row.method.kind == "auto"}
     for name, line in ("fixed steps", counts), ("RnG", details):
         if line:
@@ -40,7 +40,7 @@ def shown(y, text):
 
 
 def steps_row(model, lpips, clean, noisy, seed):
-    """A row of Fig. 3: the centre patch after 0, best and 100 steps, the truth, and -LPIPS over all counts."""
+    """A row of Fig. 3: the centre patch after 0, best and 100 steps, the truth, -LPIPS over all counts."""
     x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
     noise, y_r = tiling.NoiseField([(seed, 0, 0)], *x.shape[2:], model.device), model.reconstruct(x)
     candidates = torch.cat([y_r + model.schedules.detail(T) * model.generate(x, y_r, T, noise)

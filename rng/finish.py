@@ -19,8 +19,7 @@ def finishing_loss(g, lpips, condition, y_r, y, scale, generator):
     """LPIPS of r(x) + d_0 at full and half size, d_0's distance from the true residual, a guard on its mean.
 
     g(condition, d_t, gamma) -> eps_hat. condition: (N, C, H, W). y_r = r(x), y: (N, 3, H, W) in [0, 1].
-    scale: g's residual scale. generator: numpy's, for t, noise and window. Returns a scalar, with gradients
-    to g alone.
+    scale: g's residual scale. generator: numpy's, for t, noise, window. -> scalar, with gradients to g alone.
     """
     schedule, last = ddpm.linear_schedule(T, END, VARIANCE), int(generator.integers(1, T + 1))
     normal = torch.Generator().manual_seed(int(generator.integers(2 ** 62)))

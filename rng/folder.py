@@ -1,4 +1,4 @@
-"""A model folder: recon.pt (r), gen.pt (g), controller.pt (s), schedule.json, and whether they fit together."""
+"""A model folder: recon.pt (r), gen.pt (g), controller.pt (s), schedule.json, and whether they match."""
 
 import json
 from pathlib import Path
@@ -106,7 +106,7 @@ def read_schedule(folder):
 
 
 def load_schedules(folder, gen):
-    """Schedules from schedule.json, else the defaults. gen: g's fingerprint or None; InputError if another's."""
+    """The Schedules in schedule.json, else defaults; InputError unless made for the g of fingerprint gen."""
     if not (folder / "schedule.json").exists():
         return Schedules()
     content = read_schedule(folder)
@@ -130,7 +130,7 @@ def load_schedules(folder, gen):
 
 
 def save_schedules(folder, found, gen):
-    """Writes schedule.json, readable by eye: Schedules and the fingerprint of the g they were searched with."""
+    """Writes schedule.json, readable by eye: Schedules and the fingerprint of the g that they are for."""
     content = {"gen": gen, "variance": found.variance, "end": found.ends, "detail": found.details}
     write_text(folder / "schedule.json", json.dumps(content, indent=1) + "\n")
 

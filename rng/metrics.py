@@ -1,9 +1,8 @@
 """PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used (see README).
 
-Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). No metric guesses the range
-of its input: values outside [0, 1], not finite or of another shape raise ValueError. To score as the paper
-does, round the pictures to 8 bit first. PSNR, SSIM and NIQE run in float64 on the CPU, LPIPS in float32 on
-its own device.
+Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). None guesses the range of
+its input: values outside [0, 1], not finite or of another shape raise ValueError. To score as the paper does,
+round to 8 bit first. PSNR, SSIM and NIQE run in float64 on the CPU, LPIPS in float32 on its own device.
 """
 
 import os
@@ -77,7 +76,7 @@ BLOCK = 96  # pixels; half as many at half size
 HALF_SIZE_TAPS = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256  # MATLAB's antialiased bicubic imresize
 
 SHAPES = np.arange(0.2, 10.001, 0.001)  # the grid of the authors' MATLAB code, 0.2:0.001:10
-# (E|v|)^2 / E[v^2] for a generalised Gaussian of each shape, with which it grows
+# (E|v|)^2 / E[v^2] of a generalised Gaussian with each shape; it grows with the shape
 SHAPE_RATIOS = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
 
 
@@ -138,7 +137,7 @@ def _block_features(blocks):
 
 
 def _fit_aggd(blocks):
-    """Fits asymmetric generalised Gaussians by moments: (B, size, size) -> shape and two scales, each (B,)."""
+    """Fits asymmetric generalised Gaussians by moments: (B, size, size) -> shape, two scales, each (B,)."""
     square, negative, positive = blocks**2, blocks < 0, blocks > 0
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN where all values have one sign
         left = np.sqrt((square * negative).sum((1, 2)) / negative.sum((1, 2)))

@@ -1,6 +1,6 @@
 """r and its loss (Eq. 4): NAFNet (Chen et al., "Simple Baselines for Image Restoration", ECCV 2022).
 
-Parameter names are those of the official code, so its checkpoints load as they are.
+r is the reconstructive network. Parameters are named as in the official code, so its checkpoints load as is.
 """
 
 import torch
@@ -18,7 +18,7 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x):                  # (N, C, H, W)
-        # Channels-last memory makes both permutes free. For few channels float32 is faster than bfloat16.
+        # Channels-last makes both permutes free. float32 is exact, and faster than bfloat16 for few channels.
         x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C)
         x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # (N, H, W, C)
         return x.permute(0, 3, 1, 2)       # (N, C, H, W) float32
@@ -35,13 +35,13 @@ class SimpleGate(nn.Module):
 def scaled(conv, scale, y):
     """conv(y) * scale, (N, C, H, W), as one convolution, which saves a pass over memory and its gradient's.
 
-    conv: 1x1, C to C channels; scale: (1, C, 1, 1); y: (N, C, H, W).
+    conv: 1x1, C to C channels. scale: (1, C, 1, 1). y: (N, C, H, W).
     """
     return F.conv2d(y, conv.weight * scale.transpose(0, 1), conv.bias * scale.flatten())
 
 
 class NAFBlock(nn.Module):
-    """Depth-wise convolution, gate, channel attention, then a gated pointwise part; (N, c, H, W) in and out.
+    """Depth-wise convolution, gate, channel attention, then a gated pointwise feed-forward; the shape stays.
 
     c: channels. beta and gamma start at zero, so a new block is the identity.
     """
@@ -94,7 +94,7 @@ class NAFNet(nn.Module):
             self.decoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
 
     def forward(self, x):
-        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), alike, not clipped."""
+        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), as large, unclipped."""
         height, width = x.shape[-2:]
         multiple = 2 ** len(self.encoders)
         x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # (N, 3, H', W'), zeros as the authors do
@@ -120,7 +120,7 @@ def reconstruction_loss(clean, estimate, kind="mse"):
 
 
 def config_from_state_dict(state_dict):
-    """An official checkpoint's parameters -> arguments of NAFNet; KeyError if their names are not NAFNet's."""
+    """An official checkpoint's parameters -> NAFNet's arguments; KeyError if the names are not NAFNet's."""
     def count(prefix):
         return len({int(name[len(prefix):].split(".")[0]) for name in state_dict if name.startswith(prefix)})
 

@@ -11,15 +11,14 @@ from rng.support.device import autocast, pick
 from rng.support.errors import InputError
 from rng.support.images import PEAK, to_pixels, to_tensor
 
-BATCH = {"cpu": 1, "cuda": 64}  # 256-pixel patches a call; a CPU's caches do not hold more, a GPU wants many
-WIDEST = 16384  # pixels; of a wider picture a row of patches would need more than 1.5 GB
+BATCH = {"cpu": 1, "cuda": 64}  # 256-pixel patches per call; a CPU's caches hold no more, a GPU wants many
+WIDEST = 16384  # pixels; a row of patches of a wider picture would need more than 1.5 GB
 FLOATS = -8, 8  # what float pictures may hold: [0, 1] and the noise, but not values up to 255
-DIVERGED = 100  # of |d_0| in [0, 1] units: even a g that is hardly trained stays below
+DIVERGED = 100  # limit of |d_0| in [0, 1] units: even a g that is hardly trained stays below
 
 
 class Parts(NamedTuple):
-    """What denoise returns with parts: the picture, what it is made of (not with parts="steps"), the steps.
-    """
+    """What denoise returns with parts: the picture, its two parts (not with parts="steps"), the steps."""
 
     image: np.ndarray            # (H, W, 3), r(x) + residual
     recon: np.ndarray | None     # (H, W, 3), r(x)
@@ -30,9 +29,8 @@ class Parts(NamedTuple):
 class RnG:
     """The three networks in eval mode on one device.
 
-    recon: r; gen: g or None; settings: folder.GenSettings; controller: s or None; schedules:
-    folder.Schedules.
-    batch: 256-pixel patches a call of a network, of smaller ones more; by default a constant per device.
+    recon: r. gen: g or None. controller: s or None. settings, schedules: see folder.GenSettings, Schedules.
+    batch: 256-pixel patches per network call, more if they are smaller; by default a constant per device.
     """
 
     sample = staticmethod(ddpm.sample)  # Algorithm 1, lines 2 to 5; a subclass may bring another sampler
@@ -48,10 +46,9 @@ class RnG:
 
     @classmethod
     def load(cls, name_or_folder="default", device="auto", precision="auto", batch=None, schedule=True):
-        """A model by its folder or the name of one that ships; schedule=False leaves schedule.json alone.
+        """A model by its folder or the name of one that ships; schedule=False does not read schedule.json.
 
-        Only recon.pt must be there: without gen.pt the only step count is 0, without controller.pt there is
-        no "auto".
+        Only recon.pt must be there: without gen.pt steps can only be 0, without controller.pt not "auto".
         """
         return cls(*folder.load_model(folder.find(name_or_folder), schedule), device, precision, batch)
 
@@ -93,14 +90,15 @@ class RnG:
         """Algorithm 1 on an image of any size.
 
         image: numpy (H, W, 3), RGB, uint8, uint16 or float32 in [0, 1] (noise may leave that range).
-        A 16-bit image that uses a small part of its range is stretched first, as denoise.py does.
-        steps: "auto" asks s for each patch; N takes N steps everywhere, 0 gives r(x).
-        seed: of the generated detail; detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2,
+        Stretch a 16-bit image that uses a small part of its range before, as denoise.py does.
+        steps: "auto" asks s for each patch, N takes N steps everywhere, 0 gives r(x).
+        seed: of the generated detail. detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2;
         the user's dial along the perception-distortion curve.
-        progress: called with the share of the work done, 0 to 1. Pictures wider than WIDEST are denoised
-        lying on their side. Returns the picture, shape and dtype of `image`, in range; with parts=True a
-        Parts, with parts="steps" one without r(x) and the residual, which take 9 bytes a pixel. TypeError,
-        ValueError: an argument that cannot be. InputError: g has diverged.
+        progress: called with the share of the work done, 0 to 1.
+
+        Returns the picture, shape and dtype of `image`, in range. parts=True returns Parts, parts="steps"
+        Parts without r(x) and the residual, which take 9 bytes a pixel. Pictures wider than WIDEST are
+        denoised lying on their side. TypeError, ValueError: impossible arguments. InputError: g has diverged.
         """
         check(image, steps, seed, detail)
         if image.shape[1] > WIDEST >= image.shape[0]:
@@ -125,8 +123,8 @@ class RnG:
                 d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
                 d_0 = d_0 / self.settings.residual_scale
                 if not d_0.abs().max() < DIVERGED:  # NaN too
-                    raise InputError(f"g has diverged in {T} steps; take r alone with --steps 0, or search the "
-                                     "schedule again")
+                    raise InputError(f"g has diverged in {T} steps; take r alone with --steps 0, or search "
+                                     "the schedule again")
             fade = np.stack([tiling.fade(details, *place, *x.shape[2:]) for place in places])
             d_0 = torch.from_numpy(fade)[:, None].to(self.device) * d_0
             canvas.add(places, torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu())                   # line 6
@@ -158,7 +156,7 @@ class RnG:
                 yield T, places, torch.stack([patches[place] for place in places])
 
     def _in_batches(self, network, *inputs):
-        """network(*inputs) in the model's precision, a batch at a time; fewer where a GPU is full."""
+        """network(*inputs) in the model's precision, a batch at a time, smaller ones where a GPU is full."""
         while True:
             height, width = inputs[0].shape[2:]
             batch = max(1, self.batch * tiling.PATCH ** 2 // (height * width))
@@ -176,7 +174,7 @@ class RnG:
 
 
 class Canvas:
-    """The picture, stitched from top to bottom while its patches arrive, so that it is never held in float.
+    """The picture, stitched from the top while its patches arrive, so that it is never in float as a whole.
 
     image: what is denoised; with parts r(x) and the residual are kept too.
     """
@@ -190,7 +188,7 @@ class Canvas:
         self.waiting, self.row, self.top, self.seam = {}, 0, 0, tiling.Seam(-2)
 
     def add(self, places, patches):
-        """patches: (N, 9, h, w), y, r(x) and what g added, at these places (row, column) of the grid."""
+        """patches: (N, 9, h, w): y, r(x) and what g added, at these places (row, column) of the grid."""
         self.waiting |= zip(places, patches)
         while all((self.row, col) in self.waiting for col in range(self.cols)):
             row = [self.waiting.pop((self.row, col)) for col in range(self.cols)]

@@ -18,13 +18,13 @@ class Method(NamedTuple):
     """What made a picture of the table."""
 
     name: str                     # as the table prints it
-    kind: str  # "truth", "noisy", "r", "fixed", "auto", "other", "best" (of the fixed counts)
+    kind: str                     # "truth", "noisy", "r", "fixed", "auto", "other", "best" (fixed count)
     steps: int | str | None = None   # of RnG.denoise
     detail: float = 1.0
 
 
 class Row(NamedTuple):
-    """A line of the table: the means over all pictures; nan where a metric is not to be had."""
+    """A line of the table: the means over all pictures, nan where a metric has no value."""
 
     sigma: float | str | None     # "mean": over all sigmas; None: real noise
     method: Method
@@ -44,10 +44,9 @@ def centre(picture, side):
 
 
 def inputs(item, sigma, centre_crop=None, clip_noisy=False):
-    """-> (clean, noisy) of a data.Item: uint8 and, where noise is added, float32 (H, W, 3); sigma on the
-    0-255 scale.
+    """data.Item -> (clean, noisy): uint8 (H, W, 3), float32 where noise is added; sigma on the 0-255 scale.
 
-    InputError where what is left of a picture is too small for LPIPS.
+    InputError if a picture, or what the crop leaves of it, is too small for LPIPS.
     """
     clean, noisy = (picture if picture is None else centre(picture, centre_crop) for picture in item.read())
     if min(clean.shape[:2]) < metrics.LPIPS_SIZE:
@@ -61,14 +60,12 @@ def inputs(item, sigma, centre_crop=None, clip_noisy=False):
 
 
 def sigma_folder(folder, sigma, sigmas):
-    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... where there are several
-    sigmas."""
+    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... for several sigmas."""
     return folder / f"{sigma:g}" if len(sigmas) > 1 else folder
 
 
 def named_folders(texts, reserved):
-    """["NAME=DIR", ...] -> {NAME: Path}; InputError where a NAME cannot be a row of the table and a folder of
-    --save."""
+    """["NAME=DIR", ...] -> {NAME: Path}; InputError if a NAME cannot be a table row and --save folder."""
     folders = {}
     for text in texts:
         name, equals, folder = text.partition("=")
@@ -83,8 +80,7 @@ def named_folders(texts, reserved):
 
 
 def by_stem(paths, where):
-    """{stem: path}, for methods' pictures go by their stems; InputError, which names `where`, if two stems
-    are equal."""
+    """{stem: path}: methods' pictures go by their stems. InputError, naming `where`, if two are equal."""
     found = {}
     for path in paths:
         if path.stem in found:
@@ -95,8 +91,7 @@ def by_stem(paths, where):
 
 
 def output_files(folder, items, every):
-    """{stem: file} of another method's pictures, one for each of `items`, and for some others of the set
-    `every`.
+    """{stem: file} of another method's pictures: one for each of `items`, maybe more of the set `every`.
 
     InputError where one is missing, is not of the set, or goes by the stem of another.
     """
@@ -113,10 +108,9 @@ def output_files(folder, items, every):
 
 
 def outputs(files, item, centre_crop=None):
-    """{method: {stem: file}} -> {method: its picture of a data.Item, uint8 (H, W, 3)}, cropped as `inputs`
-    does.
+    """{method: {stem: file}} -> {method: its picture of `item`, uint8 (H, W, 3)}, cropped as by `inputs`.
 
-    A picture may be whole or that centre already, as --save leaves it; InputError where its size is neither.
+    A picture may be whole or that centre already, as --save leaves it; InputError if its size is neither.
     """
     clean = item.read()[0] if files else None
     images = {}
@@ -131,7 +125,7 @@ def outputs(files, item, centre_crop=None):
 
 
 def measure(lpips, image, clean, patches=False):
-    """image, clean: uint8 (H, W, 3) -> [LPIPS, NIQE, PSNR, SSIM], nan where a metric is not to be had.
+    """image, clean: uint8 (H, W, 3) -> [LPIPS, NIQE, PSNR, SSIM], nan where a metric has no value.
 
     patches: the mean over non-overlapping 256 x 256 patches, the paper's way.
     """

@@ -1,5 +1,4 @@
-"""The paper's two grid searches by LPIPS: the noise schedule (Sec. 3.1), and each patch's step count (Sec.
-3.2)."""
+"""The paper's grid searches by LPIPS: the noise schedule (Sec. 3.1), each patch's step count (Sec. 3.2)."""
 
 import json
 import math
@@ -17,8 +16,7 @@ from rng.support.images import to_tensor
 from rng.support.noise import add_noise
 
 BATCH = 16  # patches at a time in LPIPS: only bounds the memory
-# largest gamma_T: sampling starts from pure noise, which shows as grain where g takes it for signal
-NOISY_ENOUGH = 0.1
+NOISY_ENOUGH = 0.1  # largest gamma_T: above, g takes the noise it starts from for signal, which leaves grain
 
 
 @torch.no_grad()
@@ -28,14 +26,13 @@ def lpips_of_each(lpips, y_hat, y):
 
 
 def search_schedule(model, lpips, x, y, ends, details, variance="paper", seed=0):
-    """Sec. 3.1's "small grid search": an end point of 1 - alpha and a detail for each of 10, 20, ..., 100
-    steps.
+    """Sec. 3.1's "small grid search": end point of 1 - alpha and detail for each of 10, 20, ..., 100 steps.
 
-    model: an RnG with g; x, y: noisy and clean patches (N, 3, H, W) in [0, 1]; ends: the end points to try;
-    details: {steps: list of details to try}. Left out, unless nothing else is there, are end points with
-    which that many steps would start noisier than g was trained, which shifts colours, or with gamma_T above
-    0.1, which leaves grain. Yields (steps, {end: (mean LPIPS, best detail)}, chosen end, its LPIPS (N,)),
-    first for r alone (0, {}, None, ...).
+    model: an RnG with g. x, y: noisy and clean patches (N, 3, H, W) in [0, 1]. ends: the end points to try.
+    details: {steps: details to try}. Where others fit, ends are left out that start noisier than g was
+    trained, which shifts colours, or have gamma_T above 0.1, which leaves grain.
+    Yields (0, {}, None, LPIPS of r alone (N,)), then (steps, {end: (mean LPIPS, best detail)}, chosen end,
+    its LPIPS (N,)) for each step count.
     """
     trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings.train_end).gamma[-1]
     y_r = model.reconstruct(x)
@@ -57,8 +54,7 @@ def search_schedule(model, lpips, x, y, ends, details, variance="paper", seed=0)
 
 
 class Label(NamedTuple):
-    """A step label, one line of MODEL/step_labels.jsonl (or step_labels.N.jsonl): where its patch is from,
-    what is best."""
+    """A step label, one line of MODEL/step_labels*.jsonl: where its patch is from and what is best for it."""
 
     n: int                  # its number
     set: int                # place of the data set among --data
@@ -76,8 +72,7 @@ class Label(NamedTuple):
 
 
 def label_patches(model, lpips, x, y, seeds, counts=STEPS):
-    """LPIPS of noisy patches x against y, both (N, 3, H, W) in [0, 1], after each step count -> N lists for
-    Label.lpips.
+    """LPIPS of noisy x against y, (N, 3, H, W) in [0, 1], after each step count -> N lists for Label.lpips.
 
     seeds: of the noise, one for each patch and the same for all its counts (Sec. 3.2).
     """
@@ -112,8 +107,7 @@ def read_labels(model_folder):
 
 
 def _possible(label):
-    """Whether the values of a label are such as build_step_labels.py writes; TypeError if they are something
-    else."""
+    """Whether a label's values can be from build_step_labels.py; TypeError if even their types cannot."""
     tried = [value for value in label.lpips if value is not None]
     return (all(type(value) is int and value >= 0
                 for value in (label.n, label.set, label.top, label.left, label.seed))
@@ -133,8 +127,8 @@ def drop_torn_line(path):
 def labelled_patch(clean, noisy, label):
     """The patch that a label stands for -> (noisy, clean), each float32 (3, size, size) in [0, 1].
 
-    clean, noisy: the pictures it is cut from, uint8 (H, W, 3), noisy None where noise is added; InputError if
-    they are not those of the label.
+    clean, noisy: the pictures that it is cut from, uint8 (H, W, 3), noisy None where noise is added.
+    InputError if these are not the label's pictures.
     """
     place = top, left, size = label.top, label.left, label.size
     outside = any(start and start + size > side for start, side in zip((top, left), clean.shape))

@@ -1,4 +1,4 @@
-"""Patches of 256 pixels that overlap by 32 (Sec. 3.2): of an overlap 12 are dropped at each side, 8 averaged.
+"""Patches of 256 pixels overlapping by 32 (Sec. 3.2): 12 are dropped at each side, the 8 between averaged.
 
 Images are tensors (C, H, W) of any size from 1 x 1. The last patch of a row or column is what is left of the
 image, extended by reflection to a multiple of 16 and at least 64 pixels, and cropped back.
@@ -24,8 +24,7 @@ def count(size):
 
 
 def places(size):
-    """Pixel indices of each patch along a side of `size` pixels: 256 each; what is left, reflected, for the
-    last one."""
+    """Pixel indices of the patches along a side of `size` pixels: 256 each, then the rest, reflected."""
     start = STRIDE * (count(size) - 1)  # of the last patch
     last = max(SMALLEST, MULTIPLE * math.ceil((size - start) / MULTIPLE))
     extended = np.pad(np.arange(size), (0, start + last - size), mode="reflect")
@@ -39,15 +38,13 @@ def split(image):
 
 
 class Seam:
-    """Joins neighbours along `dim` as they come: tensors with 256 pixels along it, the last one fewer,
-    overlapping by 32."""
+    """Joins neighbours along `dim` as they come: tensors of 256 pixels, the last fewer, overlapping by 32."""
 
     def __init__(self, dim):
         self.dim, self.tail, self.start = dim, None, 0  # tail: of the part before, from its pixel `start` on
 
     def add(self, part):
-        """The next part -> the piece that is finished with it: all up to 8 averaged pixels, none for the
-        first part."""
+        """The next part -> the piece it finishes, up to and with 8 averaged pixels; empty for the first."""
         piece = part.narrow(self.dim, 0, 0)
         if self.tail is not None:
             keep, blend, _ = self.tail.split([KEEP - self.start, BLEND, DROP], self.dim)
@@ -71,18 +68,16 @@ def stitch(patches, height, width):
 
 
 def fade(values, row, col, height=PATCH, width=PATCH):
-    """One number for each patch, (rows, cols) -> (height, width) float32, numbers for the pixels of one of
-    the patches.
+    """One number per patch, (rows, cols) -> numbers for the pixels of one patch, (height, width) float32.
 
-    The patch's own number, but where it overlaps a neighbour the smaller one of the two, with a linear way
-    between.
+    The patch's own number; where it overlaps a neighbour the smaller of the two, with a linear way between.
     """
     def along(values, place, size):  # the first axis: patches -> pixels
         if len(values) == 1:
             return values.repeat(size, 0)
         middles = STRIDE * np.arange(1, len(values)) + (OVERLAP - 1) / 2
-        knots = middles[:, None] + np.array([-OVERLAP / 2 - FADE, -OVERLAP / 2, OVERLAP / 2, OVERLAP / 2
-                                             + FADE])
+        knots = middles[:, None] + np.array([-OVERLAP / 2 - FADE, -OVERLAP / 2,
+                                             OVERLAP / 2, OVERLAP / 2 + FADE])
         smaller = np.minimum(values[:-1], values[1:])
         heights = np.stack([values[:-1], smaller, smaller, values[1:]], 1).reshape(knots.size, -1)
         return np.stack([np.interp(STRIDE * place + np.arange(size), knots.ravel(), line)
@@ -99,8 +94,7 @@ def cell_noise(seed, key, row, col):
 
 
 class NoiseField(NamedTuple):
-    """The noise of ddpm.sample for some patches: called with a key, 0 for d_T and t for eps_t -> (N, 3,
-    height, width).
+    """ddpm.sample's noise for some patches: called with key 0 for d_T, t for eps_t -> (N, 3, height, width).
 
     A function of (seed, key, place) alone: overlapping patches see the same noise where they overlap, and
     neither their order nor the batch matters.

@@ -1,5 +1,4 @@
-"""g, the generative network: the conditional U-Net of ref. [47] (Whang et al., 2022); also Table 1's U-Net r.
-"""
+"""g, the generative network: the conditional U-Net of ref. [47] (Whang et al., 2022). Also Table 1's r."""
 
 import math
 
@@ -41,10 +40,10 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """Fully convolutional U-Net without attention or normalisation.
 
-    base: channels at full resolution; multipliers: of base, one per level; blocks: residual blocks per level.
-    conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both). noise_level=True
-    is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training. noise_level=False is Table
-    1's reconstructive U-Net: forward(x) -> x + correction, the identity at the start.
+    base: channels at full resolution. multipliers: of base, one per level. blocks: residual blocks per level.
+    conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
+    noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
+    noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, first the identity.
     """
 
     def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True):
@@ -74,16 +73,14 @@ class UNet(nn.Module):
         nn.init.zeros_(self.ending.bias)
 
     def forward(self, x, d_t=None, gamma=None):
-        """x: condition (N, 3 * conditions, H, W) in [0, 1]; d_t: (N, 3, H, W), of unit variance; gamma: (N,)
-        float64.
+        """x (N, 3 * conditions, H, W) in [0, 1], d_t (N, 3, H, W) of unit variance, gamma (N,) float64.
 
         Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
         """
         height, width = x.shape[-2:]
         h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, 3 or 6 or 9, H, W)
-        multiple = 2 ** len(self.downs)
-        # (N, ., H', W'), multiples of 8
-        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        multiple = 2 ** len(self.downs)                                       # 8 with four levels
+        h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")  # (N, ., H', W')
         level = self.mlp(noise_level_embedding(gamma, self.base)) if self.noise_level else None  # (N, E)
         h = self.intro(h)                                                     # (N, C, H', W'), C = base
         skips = []
@@ -95,8 +92,7 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, level)  # (N, 4C, H'/8, W'/8) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
-            # (N, 6C, H'/4, W'/4) and so on
-            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)
+            h = torch.cat([up(F.interpolate(h, scale_factor=2.0)), skip], dim=1)  # (N, 6C, H'/4, W'/4) ...
             for block in decoder:
                 h = block(h, level)                                           # (N, 3C, H'/4, W'/4) and so on
         out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)

@@ -5,15 +5,13 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-# told apart by all eyes
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-FINE = 3          # charts are drawn so many times larger, then reduced: Pillow's lines are not smoothed
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # colour-blind safe
+FINE = 3          # charts are drawn this many times larger, then reduced: Pillow's lines are not smoothed
 MARGIN = 72, 28, 16, 52  # left, top, right and bottom of a chart's axes, pixels
 
 
 class Series(NamedTuple):
-    """One line or set of points of a chart; an empty name stays out of the legend; labels: a word beside each
-    point."""
+    """A line or set of points of a chart; labels: a word beside each point; "" as name: not in the legend."""
 
     name: str
     x: list

@@ -1,5 +1,4 @@
-"""Weight files: {"kind", "config", "state_dict", "info"}, tensors and plain types only, written atomically;
-fingerprints."""
+"""Weight files, {"kind", "config", "state_dict", "info"} of tensors and plain types, and fingerprints."""
 
 import hashlib
 import json
@@ -12,8 +11,7 @@ from rng.support.errors import InputError, replacing
 
 
 def save_atomic(path, content):
-    """torch.save beside the target, then a rename: a reader finds the old file or the new one, never half of
-    one."""
+    """torch.save beside the target, then a rename: a reader finds the old file or the new one, never half."""
     try:
         with replacing(path) as temporary:
             torch.save(content, temporary)
@@ -22,13 +20,13 @@ def save_atomic(path, content):
 
 
 def load(path):
-    """torch.load with weights_only=True: no code in the file can run; InputError if it is none."""
+    """torch.load with weights_only=True: no code in the file can run; InputError if missing or damaged."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train it first (README, Train) or name another folder")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                # torch.load does not look at the checksums: a flipped bit would be another weight
+                # torch.load ignores the checksums: a flipped bit would be another weight
                 if file.testzip():
                     raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -43,19 +41,18 @@ def as_stored(network):
 
 
 def fingerprint(content):
-    """16 hexadecimal digits that say what was made with what: of a network's weights as its file holds them,
-    of anything else by its JSON, so that line ends and the order of reading do not matter."""
+    """16 hex digits that tell what was made with what: of a network's weights as stored, else of the JSON."""
     digest = hashlib.sha256()
     if isinstance(content, torch.nn.Module):
         for name, tensor in sorted(as_stored(content).items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     else:
-        digest.update((json.dumps(content, indent=1) + "\n").encode())
+        digest.update((json.dumps(content, indent=1) + "\n").encode())  # whatever the line ends of a file
     return digest.hexdigest()[:16]
 
 
 def save_weights(path, kind, config, network, info):
-    """Writes one network; kind: what it is; config: arguments that rebuild it; info: how it was trained."""
+    """Writes one network. kind: what it is. config: arguments that rebuild it. info: how it was trained."""
     save_atomic(path, {"kind": kind, "config": config, "state_dict": as_stored(network), "info": info})
 
 
@@ -72,10 +69,9 @@ def load_weights(path, kind):
 
 
 def rebuild(path, make, config, state_dict, *trial):
-    """make(**config) with its parameters from state_dict, in eval mode; InputError unless it runs on the
-    inputs `trial`."""
+    """make(**config) with state_dict as parameters, in eval mode; InputError unless it runs on `trial`."""
     try:
-        with torch.device("meta"):  # takes no memory, so that wrong sizes in config do not either
+        with torch.device("meta"):  # takes no memory, whatever the sizes in config
             shapes = {name: tensor.shape for name, tensor in make(**config).state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in state_dict.items()}:
             raise ValueError("other shapes")

@@ -21,14 +21,13 @@ from rng.support.images import to_tensor
 from rng.support.noise import NoiseMix, wide_mix
 
 CACHE_BYTES = 2 ** 30   # a set that fits is decoded once and kept, in each worker
-GROUP, REUSE = 16, 64   # one that does not: 16 pictures at a time, each cut for 64 iterations
+GROUP, REUSE = 16, 64   # of a larger set 16 pictures are open at a time, each cut for 64 iterations
 VALIDATION = 2 ** 40    # the "iteration" whose samples form the validation set
 LABELS = 2 ** 41        # and the one whose samples become step labels
 
 
 def cut(picture, top, left, size):
-    """uint8 (H, W, 3) -> float32 (size, size, 3) in [0, 1]; a picture smaller than size is extended by
-    reflection."""
+    """uint8 (H, W, 3) -> float32 (size, size, 3) in [0, 1]; a smaller picture is extended by reflection."""
     piece = picture[top:top + size, left:left + size]
     piece = np.pad(piece, ((0, size - piece.shape[0]), (0, size - piece.shape[1]), (0, 0)), mode="reflect")
     return piece.astype(np.float32) / 255
@@ -41,17 +40,16 @@ def random_place(picture, size, generator):
 
 
 def places_of(weights, batch):
-    """Where the share of each data set begins in a batch, and its end: ints, one more than weights."""
+    """Where each data set's share of a batch begins, and where the last ends: ints, one more than weights."""
     return np.round(np.cumsum([0, *weights]) / sum(weights) * batch).astype(int)
 
 
 class Crops(torch.utils.data.IterableDataset):
-    """Batches of training crops for the iterations start, ..., stop - 1: {"noisy", "clean": (N, 3, size,
-    size), "name", "left_out"}, the latter names and why of pictures that cannot be read; others take their
-    places.
+    """Batches of iterations start, ..., stop - 1: {"noisy", "clean": (N, 3, size, size), "name", "left_out"}.
 
-    sets: lists of Items; weights: their shares of each batch; draw(generator, shape) -> {name: tensor}: what
-    else belongs to a sample, drawn after all the rest; part, parts: only this process's share of each batch.
+    left_out: (name, why) of pictures that cannot be read; others take their places. sets: lists of Items.
+    weights: their shares of each batch. draw(generator, shape) -> {name: tensor}: what else belongs to a
+    sample, drawn after all the rest. part, parts: only this process's share of each batch.
     """
 
     def __init__(self, sets, weights, size, batch, mix, seed, start, stop, draw=None, part=0, parts=1):
@@ -99,10 +97,9 @@ class Crops(torch.utils.data.IterableDataset):
         return sample | (self.draw(generator, sample["clean"].shape) if self.draw else {})
 
     def _picture(self, k, i):
-        """Name and decoded picture of sample i: each place in the batch walks through a seeded permutation of
-        its set.
+        """Name and decoded pictures of sample i: each place of the batch walks a seeded order of its set.
 
-        Of a set too large to keep, GROUP pictures are open at a time and each serves REUSE iterations: a
+        Of a set too large to keep, GROUP pictures are open at a time and each serves REUSE iterations, as a
         16-megapixel PNG takes a second to decode.
         """
         s, place, places = self.slots[i]
@@ -111,7 +108,7 @@ class Crops(torch.utils.data.IterableDataset):
         serial = (k + place * reuse // group) // reuse * group + place
         turn, position = divmod(serial, len(self.sets[s]))
         order = _permutation(self.seed, s, turn, len(self.sets[s]))
-        for index in np.roll(order, -position):     # the first of them but where it cannot be read
+        for index in np.roll(order, -position):     # the first that can be read
             item, key = self.sets[s][index], (s, index if self.fits[s] else place)
             try:
                 if (s, index) in self.unreadable:
@@ -144,8 +141,7 @@ def _decoded_bytes(items):
 
 
 def batches(crops, workers):
-    """Yields the batches of `crops` in order; with workers > 0 that many processes each make a part of every
-    batch."""
+    """Yields the batches of `crops` in order; workers > 0: processes that each make a part of every batch."""
     workers = min(workers, crops.batch // crops.parts)
     if workers == 0:
         yield from crops
@@ -195,8 +191,7 @@ class Stream:
         return batches(crops, args.workers)
 
     def validation(self, mix=None):
-        """--validation crops of pictures held out, the same at every call, with noise as in training or
-        `mix`."""
+        """--validation crops of held-out pictures, the same at every call, with training's noise or `mix`."""
         args, mix = self.args, mix or self.mix
         return next(iter(Crops(self.held_out, self.weights, args.crop, args.validation, mix, args.seed,
                                VALIDATION, VALIDATION + 1, self.draw)))

@@ -22,17 +22,13 @@ SAMPLE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "
 
 
 class Item(NamedTuple):
-    """One picture of a data set: its name, clean and noisy as file or uint8 (H, W, 3).
-
-    noisy None: noise is added.
-    """
+    """A picture: its name, clean and noisy as file or uint8 (H, W, 3), noisy None where noise is added."""
 
     name: str
     clean: Path | np.ndarray
     noisy: Path | np.ndarray | None = None
 
-    def read(self):
-        """-> (clean, noisy or None), uint8 (H, W, 3)."""
+    def read(self):  # -> (clean, noisy or None), uint8 (H, W, 3)
         pictures = [read_rgb(source) if isinstance(source, Path) else source
                     for source in (self.clean, self.noisy)]
         if pictures[1] is not None and pictures[0].shape != pictures[1].shape:
@@ -48,8 +44,8 @@ def _missing(root, path, pattern, layout, source):
     there = f"{place} holds {found}" if root.is_dir() else f"there is no folder {root}"
     near = [*sorted(root.glob("[!.]*")), *root.absolute().parents[:2]]  # root is too high, or too deep
     right = [folder for folder in near if any(folder.glob(path + pattern))]
-    return InputError(f"{root / path} is missing or holds no pictures: {there}; expected {layout} ({source}); "
-                      + (f"give --root {right[0]}" if right else "say where with --root"))
+    return InputError(f"{root / path} is missing or holds no pictures: {there}; expected {layout} "
+                      f"({source}); " + (f"give --root {right[0]}" if right else "say where with --root"))
 
 
 def _note(text):
@@ -58,20 +54,14 @@ def _note(text):
 
 
 def pictures_in(folder):
-    """The picture files of a folder by their endings, sorted; none where there is no folder.
-
-    Hidden files are none, such as the ._NAME.png of macOS.
-    """
+    """A folder's pictures by ending, sorted, but not hidden ones (macOS's ._NAME.png); [] if no folder."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [file for file in files
             if file.suffix.lower() in EXTENSIONS and file.name[0] != "." and file.is_file()]
 
 
 def left_out(folder):
-    """What pictures_in leaves out of a folder, hidden files apart: " (3 files: 2 .heic, 1 .dng; 1 folder)".
-
-    "" where it is nothing.
-    """
+    """What pictures_in leaves out, "" or " (3 files: 2 .heic, 1 .dng; 1 folder)", without hidden files."""
     taken = set(pictures_in(folder))
     others = [path for path in sorted(folder.iterdir()) if path not in taken and path.name[0] != "."]
     folders = sum(path.is_dir() for path in others)
@@ -90,7 +80,8 @@ def _sidd_train(root):
             name, is_noisy = path.name, "NOISY_SRGB_" in path.name
             other = name.replace("NOISY", "GT") if is_noisy else name.replace("GT_SRGB_", "NOISY_SRGB_")
             if not (scene / other).is_file():
-                raise InputError(f"{scene / other} is missing beside {name}; expected {SIDD}; unpack SIDD again")
+                raise InputError(f"{scene / other} is missing beside {name}; expected {SIDD}; "
+                                 "unpack SIDD again")
             if is_noisy:
                 items.append(Item(f"{scene.name}_{path.stem}", scene / other, path))
     if not items:
@@ -124,8 +115,9 @@ def _div2k(root, folders):
         if not found and items:
             _note(f"{root / folder} is missing or holds no pictures; going on with DIV2K alone")
         elif not found:
-            raise _missing(root, folder, "/[!.]*", "DIV2K_train_HR, DIV2K_valid_HR and Flickr2K_HR side by side",
-                           "https://data.vision.ee.ethz.ch/cvl/DIV2K/ and https://github.com/limbee/NTIRE2017")
+            raise _missing(
+                root, folder, "/[!.]*", "DIV2K_train_HR, DIV2K_valid_HR and Flickr2K_HR side by side",
+                "https://data.vision.ee.ethz.ch/cvl/DIV2K/ and https://github.com/limbee/NTIRE2017")
         items += found
     return items
 
@@ -133,17 +125,20 @@ def _div2k(root, folders):
 def _pairs(root):
     noisy, clean = ({path.name: path for path in pictures_in(root / side)} for side in ("noisy", "clean"))
     if not noisy:
-        raise _missing(root, "noisy", "/[!.]*", "two folders noisy/ and clean/ with the same file names", "your own pairs")
+        raise _missing(root, "noisy", "/[!.]*", "two folders noisy/ and clean/ with the same file names",
+                       "your own pairs")
     if noisy.keys() != clean.keys():
         odd = sorted(noisy.keys() ^ clean.keys())[0]
-        raise InputError(f"{root}: {odd} is in only one of noisy/ and clean/; the two must hold the same file names")
+        raise InputError(f"{root}: {odd} is in only one of noisy/ and clean/; the two must hold the same "
+                         "file names")
     return [Item(name, clean[name], path) for name, path in noisy.items()]
 
 
 def _images(root):
     items = [Item(path.name, path) for path in pictures_in(root)]
     if not items:
-        raise _missing(root, ".", "/[!.]*.[jp]*g", "a folder of clean PNG, JPEG, TIFF or WebP pictures", "your own pictures")
+        raise _missing(root, ".", "/[!.]*.[jp]*g", "a folder of clean PNG, JPEG, TIFF or WebP pictures",
+                       "your own pictures")
     return items
 
 
@@ -151,12 +146,8 @@ def _root(name, root):
     return Path(root or Path("datasets") / name)
 
 
-def items(name, root=None, split="test"):
-    """The items of data set `name` (one of NAMES) under the folder root (default datasets/NAME).
-
-    split: "train" or "test"; only sidd and div2k tell them apart. A missing folder raises InputError, which
-    says the layout expected and where the set is published.
-    """
+def items(name, root=None, split="test"):  # split: "train" or "test"; only sidd and div2k tell them apart
+    """Data set `name` in root (default datasets/NAME); where missing an InputError says layout and source."""
     root = _root(name, root)
     if name == "sidd":
         return _sidd_train(root) if split == "train" else _sidd_test(root)
@@ -188,8 +179,9 @@ def add_arguments(parser):
     add_sets(group)
     add = group.add_argument
     add("--weight", nargs="+", type=number(float, 0), help="share of each data set (default: equal)")
-    add("--sigma", nargs="+", type=sigma_range, default=[(20.0, 20.0), (35.0, 35.0), (50.0, 50.0)], metavar="S",
-        help="std of the Gaussian noise, 0-255 scale: values, or ranges such as 0-55 (default: 20 35 50)")
+    add("--sigma", nargs="+", type=sigma_range, default=[(20.0, 20.0), (35.0, 35.0), (50.0, 50.0)],
+        metavar="S", help="std of the Gaussian noise, 0-255 scale: values, or ranges such as 0-55 "
+                          "(default: 20 35 50)")
     add("--camera", type=number(float, 0, 1), default=0.0,
         help="probability of camera noise in place of Gaussian (default: 0)")
     add("--clip-noisy", type=number(float, 0, 1), default=0.0,
@@ -203,13 +195,10 @@ def add_sets(group):
 
 
 def training_sets(names, roots, validation=0):
-    """Data sets for training, by name and folder (None: the default) -> (training items, validation items).
-
-    Each a list of lists of Items. Validation comes from a set's own test split, else `validation` items in
-    all are held out evenly.
-    """
-    each = -(-validation // len(names))
-    splits = [_train_and_validation(name, root, each) for name, root in zip(names, of_each("root", roots, names))]
+    """Data sets by name and folder (None: the default) -> (training items, validation items), set by set."""
+    each = -(-validation // len(names))  # validation: items held out of all sets together
+    splits = [_train_and_validation(name, root, each)
+              for name, root in zip(names, of_each("root", roots, names))]
     return [train for train, _ in splits], [held_out for _, held_out in splits]
 
 
@@ -222,19 +211,15 @@ def of_each(option, values, names):
 
 def weights_of(args):
     """--weight -> array, the share of each data set: 1 for each where it was not given."""
-    weights = np.array([1.0 if weight is None else weight for weight in of_each("weight", args.weight, args.data)])
+    weights = np.array([1.0 if weight is None else weight
+                        for weight in of_each("weight", args.weight, args.data)])
     if not (np.isfinite(weights) & (weights > 0)).all():
         raise InputError("--weight needs positive numbers")
     return weights
 
 
 def _train_and_validation(name, root, validation):
-    """-> (training items, validation items): the set's own test split, else `validation` items held out
-    evenly.
-
-    Of SIDD's training pictures whole scenes are held out. Where it is more than half of a small set, a
-    quarter.
-    """
+    """-> (training, validation items): the set's test split, else held out evenly, of SIDD whole scenes."""
     train = items(name, root, "train")
     if validation == 0:
         return train, []
@@ -244,8 +229,9 @@ def _train_and_validation(name, root, validation):
     for item in train:
         groups.setdefault(item.name.split("_")[1] if name == "sidd" else item.name, []).append(item)
     if name == "sidd":
-        _note(f"no validation blocks in {_root(name, root)}; whole scenes of the training pictures are held out")
-    n = -(-validation * len(groups) // len(train))
+        _note(f"no validation blocks in {_root(name, root)}; whole scenes of the training pictures are "
+              "held out")
+    n = -(-validation * len(groups) // len(train))  # if over half of a small set, a quarter is held out
     held_out = evenly(list(groups), n if n <= len(groups) // 2 else max(1, len(groups) // 4))
     rest = [item for group, some in groups.items() if group not in held_out for item in some]
     return rest or train, evenly(sum((groups[group] for group in held_out), []), validation)
@@ -258,11 +244,6 @@ def evenly(sequence, n):
 
 
 def noisy_version(clean, sigma):
-    """Test noise (design of Restormer's protocol): Gaussian, unclipped, numpy's legacy seed 0 anew for every
-    image.
-
-    clean: uint8 (H, W, 3); sigma on the 0-255 scale -> float32 (H, W, 3) in [0, 1] units, values may leave
-    [0, 1].
-    """
-    eps = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
+    """Clean uint8 (H, W, 3) plus Gaussian test noise -> float32, 1 for white, unclipped; sigma: 0 to 255."""
+    eps = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)  # seed 0 anew for each, as Restormer
     return (clean / 255 + eps).astype(np.float32)

@@ -15,8 +15,7 @@ from rng.support.errors import InputError
 def pick(name="auto"):
     """"auto" takes a CUDA GPU, else the CPU; "auto" and "cuda" give each process of torchrun its own GPU.
 
-    Any torch device name is taken as it is; InputError if it cannot be used. Noise levels are float64, which
-    Apple's GPUs do not have.
+    Any torch device name will do; InputError if it fails. Noise levels are float64, which Apple's GPUs lack.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,8 +30,7 @@ def pick(name="auto"):
 
 
 def bfloat16_pays(device):
-    """True where the hardware has bfloat16: CPUs with AMX or AVX-512 BF16, NVIDIA GPUs since Ampere (others
-    emulate it)."""
+    """True where bfloat16 is not emulated: CPUs with AMX or AVX-512 BF16, NVIDIA GPUs since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -40,8 +38,7 @@ def bfloat16_pays(device):
 
 
 def autocast(device, precision="auto"):
-    """Context in which networks run: bfloat16 autocast for "bfloat16", and for "auto" where it pays; else
-    float32."""
+    """Context for networks: bfloat16 autocast for "bfloat16", and for "auto" where it pays, else float32."""
     enabled = precision == "bfloat16" or (precision == "auto" and bfloat16_pays(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -76,8 +73,7 @@ def replica(network, device):
 
 
 def _leave():
-    """Frees the replicas, then the group they hold: its threads, left running, can abort a process that ends.
-    """
+    """Frees the replicas, then their group, whose threads can abort a process that ends before them."""
     gc.collect()
     distributed.destroy_process_group()
 

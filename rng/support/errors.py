@@ -1,5 +1,4 @@
-"""Errors that a user can mend, options that name themselves in them, and files that are written whole or not
-at all."""
+"""Errors that a user can mend, options that name themselves in them, files written whole or not at all."""
 
 import argparse
 import functools
@@ -18,8 +17,7 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one InputError; its help keeps the lines of the script's
-    docstring."""
+    """An ArgumentParser that raises InputError; its help keeps the lines of the script's docstring."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,8 +29,7 @@ class Parser(argparse.ArgumentParser):
 def script(main):
     """Wraps a script's `main(argv=None) -> int`: an InputError becomes one line on stderr and exit code 2.
 
-    Ctrl-C ends it with 130, a reader that closed the pipe of its output with 141. What that output's encoding
-    lacks is escaped.
+    Ctrl-C gives 130, an output pipe that its reader closed 141. What the output's encoding lacks is escaped.
     """
 
     @functools.wraps(main)
@@ -46,7 +43,7 @@ def script(main):
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a second one nothing is left to stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
             print("stopped", file=sys.stderr)
             return 130
         except BrokenPipeError:
@@ -84,12 +81,10 @@ def make_folder(folder):
 
 @contextmanager
 def replacing(path, keep=True):
-    """Yields the name of a file to write, which then takes the place of `path` (of what it links to) in one
-    step.
+    """Yields the name of a file to write, which then replaces `path`, or what that links to, in one step.
 
     After an error, or without keep, it is removed and `path` stays as it was. The name is short, since that
-    of `path` may be as long as names can be, and no other process has it; the mode of a file that is replaced
-    stays.
+    of `path` may be as long as names can be, and no other process has it. A replaced file's mode stays.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{os.urandom(6).hex()}.tmp")
@@ -114,8 +109,7 @@ def write_text(path, text):
 
 
 def append_line(path, text):
-    """Adds a line to a text file; InputError if the disk is full. What a failure leaves of it has no line
-    end."""
+    """Adds a line to a text file; InputError if the disk is full, then what is left of it has no line end."""
     try:
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(text + "\n")

@@ -67,7 +67,7 @@ def read_picture(path):
 
 
 def _load(path, file, kind, frame=0, what=""):
-    """Pillow's image; what: to be told where Pillow does not know such a kind of picture."""
+    """Pillow's image; what: names the kind of picture, for the error if Pillow does not know it."""
     file.seek(0)
     try:
         image = Image.OPEN[kind][0](file, "")
@@ -93,7 +93,7 @@ def _read_other(path, file, kind, head):
     notes = ["only the first of several frames is used"] if getattr(image, "is_animated", False) else []
     found = metadata.read(image.info, png)
     bare = Image.new("1", (1, 1))
-    bare.info = image.info      # of which Pillow reads the EXIF data once more, and says what is damaged
+    bare.info = image.info      # Pillow reads its EXIF data once more, and says what is damaged
     if png and head[24] == 16 and image.mode != "I;16":
         notes.append("16-bit PNG with colour or alpha is read as 8 bit; a 16-bit TIFF keeps all bits")
         image = image.convert("LA") if head[25] == 4 else image     # Pillow reads grey and alpha as RGBA
@@ -149,9 +149,9 @@ def _check_size(path, width, height):
 def write_picture(path, pixels, like=None):
     """Writes pixels to a file whose extension names the format; returns notes on what the format cannot hold.
 
-    pixels: (H, W, 3) uint8 or uint16. like: the Picture they come from: if it is grey, by one channel or by
-    three equal ones, so are they, by their rounded mean; its alpha and what is beside it go along. JPEG has
-    quality 95, all chroma; WebP is lossless. The file appears whole or not at all, with InputError.
+    pixels: (H, W, 3) uint8 or uint16. like: the Picture they come from, whose alpha and metadata go along. If
+    it is grey, in one channel or three equal ones, so is the file, by the rounded mean of pixels. JPEG has
+    quality 95 and all chroma, WebP is lossless. The file appears whole or not at all, with InputError.
     """
     check_writable(path, pixels.shape)
     kind = EXTENSIONS[Path(path).suffix.lower()]
@@ -175,7 +175,7 @@ def write_picture(path, pixels, like=None):
                 formats.write_tiff16(file, planes, options["tiffinfo"])
             else:
                 image = Image.fromarray(planes[..., 0] if channels == 1 else planes)
-                # Not the file itself: into its number Pillow writes unaware of a disk that is full.
+                # Not the file itself: through its number Pillow writes unaware of a full disk.
                 python = SimpleNamespace(write=file.write, seek=file.seek, tell=file.tell, flush=file.flush)
                 image.save(python, kind, **options, **ENCODING.get(kind, {}))
     except (OSError, ValueError) as error:
@@ -201,9 +201,9 @@ def check_writable(path, shape=None):
 
 
 def to_tensor(pixels):
-    """Pixels (H, W, 3), uint8, uint16 or float32 with 1 for white -> tensor (3, H, W) float32 in [0, 1]
-    units."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / PEAK[pixels.dtype])
+    """(H, W, 3) uint8, uint16 or float32 with 1 for white -> tensor (3, H, W) float32 in [0, 1] units."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+                            / PEAK[pixels.dtype])
 
 
 def to_pixels(y, dtype):
@@ -213,8 +213,7 @@ def to_pixels(y, dtype):
 
 
 def to_8_bit(pixels):
-    """uint8 stays, float32 is clipped and rounded, uint16 rounded to the nearest of 256 levels, which are 257
-    apart."""
+    """uint8 stays, float32 is clipped and rounded, uint16 goes to the nearest of 256 levels, 257 apart."""
     if pixels.dtype == np.uint16:
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return pixels if pixels.dtype == np.uint8 else to_pixels(pixels, np.uint8)

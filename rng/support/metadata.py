@@ -18,7 +18,7 @@ LACKS = {"PNG": ("comment", "IPTC data"), "JPEG": ("alpha channel", "text", "col
          "WEBP": ("comment", "IPTC data", "resolution", "text", "colour chunks")}
 SEGMENT, IPTC = 65400, 0x0404       # bytes that a segment of a JPEG holds; Photoshop's number of IPTC data
 PNG_TEXT, PNG_COLOUR = (b"tEXt", b"zTXt", b"iTXt"), (b"gAMA", b"cHRM", b"sRGB", b"cICP")
-PNG_XMP, PNG_EXIF = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"    # texts that are none
+PNG_XMP, PNG_EXIF = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"    # kept in texts
 
 EXIF, GPS, ORIENTATION = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.Base.Orientation
 OTHER_TAGS = {EXIF, GPS, ExifTags.IFD.Interop, *TIFF_TAGS.values()}     # kept elsewhere, or offsets
@@ -46,7 +46,7 @@ def png_variants(data):
 
 
 def read(info, png=b""):
-    """{name: value} of a PNG, JPEG or WebP; info: Pillow's, a PNG's texts (str) too; png: a PNG file."""
+    """{name: value} of a PNG, JPEG or WebP. info: Pillow's, with a PNG's texts (str) too. png: a PNG file."""
     found = {"colour profile": info.get("icc_profile"), "XMP data": info.get("xmp")}
     if png or info.get("jfif_unit"):    # else Pillow takes that of the EXIF data, which is kept, or 72
         found["resolution"] = info.get("dpi")
@@ -125,7 +125,7 @@ def save_options(kind, like):
             and not (kind == "JPEG" and name != "colour profile" and len(value) > SEGMENT)
             and not (kind == "JPEG" and name == "resolution" and max(value) > 65535)
             and not (kind == "WEBP" and name == "colour profile" and like.grey)}     # WebP is always RGB
-    srgb = b"sRGB" in dict(beside.get("colour chunks", ()))     # as all are taken for
+    srgb = b"sRGB" in dict(beside.get("colour chunks", ()))     # which all are taken for
     lost = [name for name in beside if name not in held and not (name == "colour chunks" and srgb)]
     if kind == "TIFF":
         tags = {tag: held[name] for name, tag in TIFF_TAGS.items() if name in held}

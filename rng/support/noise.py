@@ -1,7 +1,6 @@
 """Noise for training: white Gaussian noise (the paper), the noise of cameras, and a wide mix of kinds.
 
-Everything is numpy, RGB, float32 (H, W, 3), with 1.0 for white; all randomness comes from the generator
-passed in.
+Everything is numpy, RGB, float32 (H, W, 3), with 1.0 for white. All randomness is the generator's.
 """
 
 import io
@@ -22,19 +21,15 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def gaussian_noise(clean, sigma, generator):
-    """White Gaussian noise added to a picture.
-
-    clean: float32 (H, W, 3) in [0, 1]. sigma: standard deviation in the same units (25 / 255, not 25).
-    Returns float32 (H, W, 3), not clipped.
-    """
+    """float32 (H, W, 3) in [0, 1] plus white Gaussian noise, unclipped; sigma in the same units, 25 / 255."""
     return clean + np.float32(sigma) * generator.standard_normal(clean.shape, np.float32)
 
 
 class NoiseMix(NamedTuple):
     """Which noise is added to clean crops, drawn anew for each.
 
-    sigma: ((low, high), ...) on the 0-255 scale, one range drawn, then a value in it; camera: probability of
-    camera noise in place of Gaussian; clip: probability that the noisy crop is clipped and rounded to 8 bit.
+    sigma: ((low, high), ...) on the 0-255 scale: a range is drawn, then a value in it. camera: probability of
+    camera noise in place of Gaussian. clip: probability that the noisy crop is clipped and rounded to 8 bit.
     """
 
     sigma: tuple
@@ -46,7 +41,6 @@ class NoiseMix(NamedTuple):
         low, high = self.sigma[generator.integers(len(self.sigma))]
         sigma = generator.uniform(low, high)
         return "camera" if generator.random() < self.camera else sigma, bool(generator.random() < self.clip)
-
 
     def __call__(self, clean, generator):
         """clean: float32 (H, W, 3) in [0, 1] -> (clean, noisy)."""
@@ -61,7 +55,7 @@ def add_noise(clean, sigma, clip, generator):
 
 
 def equal_noise(clean, sigma, generator):
-    """White Gaussian noise, the same in R, G and B, as in a grey picture kept as RGB; else gaussian_noise."""
+    """As gaussian_noise, but with the same noise in R, G and B, as in a grey picture kept as RGB."""
     return clean + np.float32(sigma) * generator.standard_normal((*clean.shape[:2], 1), np.float32)
 
 
@@ -99,9 +93,8 @@ GREY = 1 / 8  # of the pictures are made grey
 def wide_mix(clean, generator, kind=None):
     """Every noise that pictures come with, in one mix (not in the paper): draws a kind and its strength.
 
-    clean: float32 (H, W, 3) in [0, 1] -> (clean, noisy): clean is grey in one of eight cases, darkened where
-    the kind is "dark"; noisy is clipped and rounded to 8 bits in half of the cases. kind: of KINDS, not
-    drawn.
+    clean: float32 (H, W, 3) in [0, 1] -> (clean, noisy). clean is grey in one of eight cases, and darkened
+    for kind "dark". noisy is clipped and rounded to 8 bits in half of the cases. None draws the kind.
     """
     kind = kind or str(generator.choice(list(KINDS), p=list(KINDS.values())))
     grey = generator.random() < GREY
@@ -155,17 +148,15 @@ def camera_noise(clean, generator):
         linear, *noise_levels(generator), gains=(generator.uniform(1.2, 2.4), 1, generator.uniform(1.2, 2.4)),
         correction=generator.random(), generator=generator,
     )
-    # The colour matrix of a camera widens the differences between the channels, its chroma denoising smooths
-    # them: in PolyU they correlate by 0.83, 0.66, 0.46 over 1, 2, 3 pixels, the luma noise by 0.58, 0.17,
-    # 0.02 (medians).
+    # A camera's colour matrix widens the channels' differences, its chroma denoising smooths them. In PolyU
+    # they correlate by 0.83, 0.66, 0.46 over 1, 2, 3 pixels, the luma noise by 0.58, 0.17, 0.02 (medians).
     luma = (noise @ LUMA)[..., None]
     chroma = ndimage.gaussian_filter(noise - luma, generator.uniform(0, 2), axes=(0, 1))
     noise = luma + np.float32(generator.uniform(0.3, 1.7)) * chroma
     if generator.random() < 0.4:  # resizing, or the denoising of the luma, makes the grain coarser
         noise = ndimage.gaussian_filter(noise, generator.uniform(0.4, 1), axes=(0, 1))
-    # Demosaicking is linear, so the noise passes through it alone and is added to the sharp picture. If the
-    # picture went through as well, only the noisy half of the pair would be blurred, and the network would
-    # learn to sharpen.
+    # Demosaicking is linear: the noise passes it alone and is added to the sharp picture. With the picture
+    # only the noisy half of the pair would be blurred, and the network would learn to sharpen.
     noisy = to_srgb(linear + noise, tone)
     if generator.random() >= 0.4:
         return noisy
@@ -186,10 +177,9 @@ def noise_levels(generator):
 def sensor_noise(linear, shot, read, gains, correction, generator):
     """The noise of one exposure, without its picture, after white balance and demosaicking.
 
-    linear: float32 (H, W, 3), linear light in [0, 1]. shot, read: see noise_levels. gains: white balance (R,
-    G, B).
-    correction: 0 for a bilinear demosaicker, 1 for a gradient-corrected one working on colour differences.
-    Returns float32 (H, W, 3), linear light, with zero mean.
+    linear: float32 (H, W, 3), linear light in [0, 1]. shot, read: see noise_levels. gains: white balance of
+    R, G, B. correction: 0 for a bilinear demosaicker, 1 for a gradient-corrected one working on colour
+    differences. Returns float32 (H, W, 3), linear light, with zero mean.
     """
     gains = np.asarray(gains, np.float32)
     # Colour of each site, from the random phase of the RGGB tile: 0 red, 1 green, 2 blue.
@@ -228,8 +218,7 @@ def to_srgb(linear, tone):
 def jpeg(image, quality, subsampling, phase=(0, 0)):
     """Through a JPEG file; float32 (H, W, 3) in [0, 1].
 
-    quality: 1 to 100; subsampling of the chroma: 0 for 4:4:4, 1 for 4:2:2, 2 for 4:2:0; phase: where in its
-    8 x 8 block the first pixel lies.
+    quality: 1 to 100. subsampling: 0, 1, 2 for 4:4:4, 4:2:2, 4:2:0. phase: of pixel (0, 0) in its 8x8 block.
     """
     top, left = phase
     padded = np.pad(np.rint(image * 255).astype(np.uint8), ((top, 0), (left, 0), (0, 0)), mode="edge")

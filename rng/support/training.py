@@ -1,5 +1,4 @@
-"""What surrounds a training loop: options, resuming, saving, the log, signals. Of losses and networks it
-knows nothing."""
+"""What surrounds any training loop: options, resuming, saving, the log, signals; no losses or networks."""
 
 import argparse
 import datetime
@@ -17,14 +16,13 @@ from rng.support.checkpoint import fingerprint
 from rng.support.errors import InputError, append_line, make_folder, number, write_text
 
 REPORT_EVERY = 50  # iterations
-# Options that may change between two runs of one training without changing what is learned, but for rounding
-# on another device. Other pictures under --root are told by their names.
+# Options that may change when a training goes on: they do not change what is learned, but for rounding on
+# another device. Other pictures under --root are noticed by their names.
 FREE_OPTIONS = {"model", "root", "workers", "save_every", "device", "compile", "lpips_backbone"}
 
 
 class Presets:
-    """Options whose defaults come from --preset; values: {preset: {option: default}}, the first preset is the
-    default."""
+    """Options whose defaults --preset sets; values: {preset: {option: default}}, the default preset first."""
 
     def __init__(self, parser, values):
         self.values, first = values, next(iter(values))
@@ -113,10 +111,10 @@ class Run:
                 ...                              # publish the weights
                 run.save()
 
-    args: of the script; stage: "recon", "gen" or "controller", names the files; networks: {name: (network,
-    its moving average)}; settings: what tells one training from another beside args; pictures: the names of
-    those of each data set. The state of a training that was stopped is loaded into networks and optimizer.
-    InputError where that was another training, or is damaged.
+    args: of the script. stage: "recon", "gen" or "controller", names the files. networks: {name: (network,
+    its moving average)}. settings: what tells one training from another beside args. pictures: their names, a
+    list for each data set. The state of a stopped training is loaded into networks and optimizer; InputError
+    if it is damaged or another training's.
     """
 
     def __init__(self, args, stage, networks, optimizer, settings, pictures=()):
@@ -129,7 +127,8 @@ class Run:
         self.pictures, self.left_out = pictures, {}  # {name of a picture that cannot be read: why}
         told = {key: value for key, value in vars(args).items() if key not in FREE_OPTIONS} | settings
         if pictures:
-            told["pictures"] = f"{' + '.join(str(len(some)) for some in pictures)}, hash {fingerprint(pictures)}"
+            told["pictures"] = (f"{' + '.join(str(len(some)) for some in pictures)}, "
+                                f"hash {fingerprint(pictures)}")
         self.settings = json.loads(json.dumps(told, default=str))
         if self.last.exists():
             self._resume()
@@ -167,8 +166,8 @@ class Run:
             if not math.isfinite(value):
                 of = f" ({', '.join(dict.fromkeys(self.names))})" if self.names else ""
                 raise InputError(f"the {what} became {value} at iteration {self.iteration + 1}{of}; the last "
-                                 "checkpoint is "
-                                 "kept: try a smaller --lr or --precision float32, or look at these pictures")
+                                 "checkpoint is kept: try a smaller --lr or --precision float32, or look at "
+                                 "these pictures")
         self.losses.append(loss)
 
     def ended(self):
@@ -187,8 +186,7 @@ class Run:
         return False
 
     def report(self, scores):
-        """Logs and prints the progress, with `scores` {name: number} -> what goes into the weight files as
-        info."""
+        """Logs and prints the progress and `scores` {name: number} -> the info for the weight files."""
         info = {"iteration": self.iteration, "images_per_s": self.rate * self.args.batch,
                 "loss": sum(self.losses) / len(self.losses)} | scores
         info |= {"left_out": len(self.left_out)} if self.left_out else {}
