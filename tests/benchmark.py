@@ -22,12 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import build_step_labels  # noqa: E402
-from rng import data, device, metrics, scoring, training  # noqa: E402
-from rng.support.crops import Crops, NoiseMix, batches  # noqa: E402
-from rng.support.images import read_rgb  # noqa: E402
-from rng.nafnet import NAFBlock, NAFNet, LayerNorm2d  # noqa: E402
+from rng import metrics, scoring, search  # noqa: E402
+from rng.nafnet import LayerNorm2d, NAFBlock, NAFNet, reconstruction_loss  # noqa: E402
 from rng.pipeline import RnG  # noqa: E402
+from rng.support import data, device  # noqa: E402
+from rng.support.crops import Crops, batches  # noqa: E402
+from rng.support.images import read_rgb, to_8_bit  # noqa: E402
+from rng.support.noise import NoiseMix  # noqa: E402
 from rng.unet import UNet  # noqa: E402
 from test_metrics import slow_niqe  # noqa: E402
 
@@ -50,7 +51,8 @@ def table(*rows):
     """Prints rows of cells, the first one as the header."""
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows[1:]:
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+        cells = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row)
+        print("| " + " | ".join(cells) + " |")
     print(flush=True)
 
 
@@ -101,7 +103,8 @@ def networks():
     for base in (32, 48):
         g = to_device(UNet(base, (1, 2, 3, 4), 1)).eval()
         cases[f"g, base {base}, one patch"] = lambda g=g: g(x, x, gamma)
-        cases[f"g, base {base}, four patches"] = lambda g=g: g(*(z.expand(4, *z.shape[1:]) for z in (x, x, gamma)))
+        four = [z.expand(4, *z.shape[1:]) for z in (x, x, gamma)]
+        cases[f"g, base {base}, four patches"] = lambda g=g: g(*four)
     for name, f in cases.items():
         with torch.inference_mode(), device.autocast(HERE):
             with FlopCounterMode(display=False) as counter:
@@ -123,7 +126,7 @@ def networks():
         def step():
             with device.autocast(HERE):
                 y = r(x)
-            training.reconstruction_loss(x, y, "psnr").backward()
+            reconstruction_loss(x, y, "psnr").backward()
 
         rows.append((name, seconds(forward), seconds(step)))
     table(("r, 256 x 256", "forward, s", "training step, s"), *rows)
@@ -136,7 +139,7 @@ def precision():
     rows = []
     for name in ("float32", "bfloat16"):
         y = RnG.load("default", precision=name).denoise(noisy, steps=50)
-        distance, _, psnr, _ = scoring.measure(lpips, scoring.eight_bit(y), clean)
+        distance, _, psnr, _ = scoring.measure(lpips, to_8_bit(y), clean)
         rows.append((name, f"{psnr:.3f}", f"{distance:.4f}"))
     table(("256 x 256, sigma 25, 50 steps", "PSNR, dB", "LPIPS"), *rows)
 
@@ -145,13 +148,14 @@ def pictures():
     """denoise.py on four sizes: seconds and peak memory; evaluations of g that the controller saves."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for height, width, steps in ((512, 512, "auto"), (1024, 1024, "auto"), (2048, 2048, "auto"), (4096, 4096, "auto"),
+        for height, width, steps in (*((side, side, "auto") for side in (512, 1024, 2048, 4096)),
                                      (1000, 50_000, "1"), (7072, 7072, "1")):
             Image.fromarray(noisy_picture(height, width)).save(Path(folder) / "in.png")
             started = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "denoise.py", "in.png", "out.png", "--steps", steps], cwd=folder,
-                           check=True, capture_output=True)
-            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # the most so far: it ascends
+            subprocess.run([sys.executable, ROOT / "denoise.py", "in.png", "out.png", "--steps", steps],
+                           cwd=folder, check=True, capture_output=True)
+            # the most so far: it ascends
+            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
             taken = time.perf_counter() - started
             rows.append((f"{width} x {height}", steps, taken, taken / (height * width / 1e6), memory))
     table(("picture", "steps", "seconds", "seconds per megapixel", "peak memory, GB"), *rows)
@@ -163,7 +167,8 @@ def pictures():
     with torch.inference_mode(), device.autocast(HERE):
         one = seconds(lambda: model.gen(x, x, torch.full((1,), 0.5, dtype=torch.float64, device=HERE)))
     table(("1024 x 1024", "evaluations of g", "times that of one 256 x 256 patch, s", "seconds"),
-          ("s chooses", steps.sum(), float(steps.sum() * one), taken), ("100 steps everywhere", 100 * steps.size, 100 * steps.size * one, "-"))
+          ("s chooses", steps.sum(), float(steps.sum() * one), taken),
+          ("100 steps everywhere", 100 * steps.size, 100 * steps.size * one, "-"))
 
 
 class PackageLPIPS(metrics.LPIPS):
@@ -178,22 +183,24 @@ class PackageLPIPS(metrics.LPIPS):
 
     def forward(self, x, y):
         layers = zip(list(self._directions(x)), list(self._directions(y)), self.heads)
-        return sum(torch.nn.functional.conv2d((u - v) ** 2, head[None]).mean((2, 3))[:, 0] for u, v, head in layers)
+        return sum(torch.nn.functional.conv2d((u - v) ** 2, head[None]).mean((2, 3))[:, 0]
+                   for u, v, head in layers)
 
 
 def scores():
     """LPIPS and NIQE, each against the plain way to write it, on one megapixel; step labels."""
     x = torch.from_numpy(noisy_picture(1024, 1024)).permute(2, 0, 1)[None].contiguous() / 255
-    rows = [("NIQE", seconds(lambda: metrics.niqe(x), 3)), ("NIQE block by block", seconds(lambda: slow_niqe(x[0]), 1))]
+    rows = [("NIQE", seconds(lambda: metrics.niqe(x), 3)),
+            ("NIQE block by block", seconds(lambda: slow_niqe(x[0]), 1))]
     lpips = metrics.load_lpips()
     if lpips:
         package = PackageLPIPS()
         assert torch.allclose(package(x, x.flip(3)), lpips(x, x.flip(3)), rtol=1e-4)
         rows.append(("LPIPS", seconds(lambda: lpips(x, x.flip(3)))))
         rows.append(("LPIPS as the lpips package writes it", seconds(lambda: package(x, x.flip(3)))))
-        model, patch = RnG.load("default"), x[0, :, :128, :128]
+        model, patch = RnG.load("default"), x[:, :, :128, :128]
         rows.append(("one step label, 128 x 128", seconds(
-            lambda: build_step_labels.lpips_of_each_step(model, lpips, patch, patch, 0), 2)))
+            lambda: search.label_patches(model, lpips, patch, patch, [0]), 2)))
     table(("metric", "seconds"), *rows)
 
 
@@ -203,8 +210,8 @@ def waiting():
         for n in range(20):
             for kind in ("noisy", "clean"):
                 (Path(folder) / kind).mkdir(exist_ok=True)
-                Image.fromarray(np.roll(noisy_picture(4096, 4096), 97 * n, 1)).save(Path(folder) / kind / f"{n}.png",
-                                                                                    compress_level=1)
+                picture = Image.fromarray(np.roll(noisy_picture(4096, 4096), 97 * n, 1))
+                picture.save(Path(folder) / kind / f"{n}.png", compress_level=1)
         items = data.items("pairs", folder)
         stream = batches(Crops([items], [1], 80, 16, NoiseMix(((0, 55),)), 0, 0, 200), workers=2)
         r = to_device(NAFNet(24, (1, 1, 2, 2), 2, (1, 1, 1, 1)))
@@ -214,7 +221,7 @@ def waiting():
             waited += time.perf_counter() - before
             with device.autocast(HERE):
                 y = r(batch["noisy"].to(HERE))
-            training.reconstruction_loss(batch["clean"].to(HERE), y, "psnr").backward()
+            reconstruction_loss(batch["clean"].to(HERE), y, "psnr").backward()
             before = time.perf_counter()
         table(("16-megapixel pairs, small preset, 199 iterations", "seconds", "share waiting for data"),
               ("", time.perf_counter() - started, waited / (time.perf_counter() - started)))
@@ -226,10 +233,10 @@ def processes():
     with tempfile.TemporaryDirectory() as folder:
         for stage in ("recon", "gen"):
             for count in (1, 2) if HERE.type == "cpu" else {1, torch.cuda.device_count()}:
+                options = f"--preset small --data sample --iterations 101 --save-every 1000 --seed {count}"
                 subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                "--nproc_per_node", str(count), ROOT / f"train_{stage}.py", "--model", folder, "--preset", "small", "--data", "sample",
-                                "--iterations", "101", "--save-every", "1000", "--seed", str(count)],
-                               check=True, capture_output=True)
+                                "--nproc_per_node", str(count), ROOT / f"train_{stage}.py", "--model", folder,
+                                *options.split()], check=True, capture_output=True)
                 log = (Path(folder) / f"train_{stage}.jsonl").read_text().splitlines()
                 rows.append((stage, count, json.loads(log[1])["images_per_s"]))
                 (Path(folder) / f"last_{stage}.pt").unlink()
