@@ -19,7 +19,8 @@ from rng.support.errors import InputError
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CALIBRATION, ALEXNET = SHARED / "calibration", SHARED / "lpips" / "alexnet_features.npz"
 calibrated = pytest.mark.skipif(not CALIBRATION.is_dir(), reason="../shared/calibration is absent")
-with_alexnet = pytest.mark.skipif(not (CALIBRATION.is_dir() and ALEXNET.is_file()), reason="../shared/lpips is absent")
+with_alexnet = pytest.mark.skipif(not (CALIBRATION.is_dir() and ALEXNET.is_file()),
+                                  reason="../shared/lpips is absent")
 seeds = pytest.mark.parametrize("seed", range(10))
 
 
@@ -70,7 +71,8 @@ def test_psnr_and_ssim_reproduce_iqa_pytorch(metric, row):
 
 @calibrated
 def test_niqe_reproduces_iqa_pytorch():
-    # Not the row "niqe_matlab": that one comes from the pristine model of MATLAB's toolbox, not the official release's.
+    # Not the row "niqe_matlab": that one comes from the pristine model of MATLAB's toolbox, not the official
+    # release's.
     for _, dist, expected in calibration("niqe_iqa_pytorch"):
         assert metrics.niqe(dist).item() == pytest.approx(expected, rel=1e-2)
 
@@ -81,7 +83,8 @@ def test_lpips_reproduces_the_official_package():
     for ref, dist, expected in calibration("lpips_alex_v0.1"):
         assert lpips(ref, dist).item() == pytest.approx(expected, abs=1e-3)
     example = torch.cat([read("ex_p0.png"), read("ex_p1.png")])
-    assert lpips(read("ex_ref.png").expand_as(example), example).tolist() == pytest.approx([0.722, 0.138], abs=1e-3)
+    assert lpips(read("ex_ref.png").expand_as(example), example).tolist() == pytest.approx([0.722, 0.138],
+                                                                                           abs=1e-3)
 
 
 # PSNR and SSIM
@@ -90,7 +93,8 @@ def test_lpips_reproduces_the_official_package():
 @seeds
 def test_psnr_is_its_formula(seed):
     x, y = pictures(seed, n=3)
-    expected = [10 * np.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(x.double().numpy(), y.double().numpy())]
+    expected = [10 * np.log10(1 / np.mean((a - b) ** 2)) for a,
+                b in zip(x.double().numpy(), y.double().numpy())]
     np.testing.assert_allclose(metrics.psnr(x, y), expected, rtol=1e-9)
     assert metrics.psnr(x, x).tolist() == [float("inf")] * 3
 
@@ -108,7 +112,8 @@ def test_ssim_is_its_formula(seed):
 
     mu_a, mu_b, c1, c2 = mean(a), mean(b), (0.01 * 255) ** 2, (0.03 * 255) ** 2
     covariance, variances = mean(a * b) - mu_a * mu_b, mean(a * a) - mu_a**2 + mean(b * b) - mu_b**2
-    similarity = (2 * mu_a * mu_b + c1) * (2 * covariance + c2) / ((mu_a**2 + mu_b**2 + c1) * (variances + c2))
+    similarity = (2 * mu_a * mu_b + c1) * (2 * covariance
+                                           + c2) / ((mu_a**2 + mu_b**2 + c1) * (variances + c2))
     assert metrics.ssim(x, y).item() == pytest.approx(similarity.mean(), abs=1e-9)
 
 
@@ -131,14 +136,16 @@ def slow_niqe(x):
 
     def cubic(t):
         t = np.abs(t)
-        return np.where(t <= 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t <= 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
+        return np.where(t <= 1, 1.5 * t**3 - 2.5 * t**2 + 1,
+                        np.where(t <= 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
 
     def half(n):
         matrix = np.zeros((n // 2, n))
         for i in range(n // 2):
             centre = 2 * i + 0.5
             for j in range(-8, n + 8):
-                matrix[i, j if 0 <= j < n else -1 - j if j < 0 else 2 * n - 1 - j] += cubic((j - centre) / 2) / 2
+                matrix[i, j if 0 <= j < n else -1 - j if j < 0
+                       else 2 * n - 1 - j] += cubic((j - centre) / 2) / 2
         return matrix
 
     def blur(p):
@@ -174,7 +181,8 @@ def textures(seed, size, n=1):
     return torch.from_numpy(np.rint(255 * np.clip(y, 0, 1)) / 255).float()
 
 
-@pytest.mark.parametrize("seed, size", list(enumerate([(96, 192), (192, 96), (101, 290), (200, 230), (383, 96)])))
+@pytest.mark.parametrize("seed, size", list(enumerate([(96, 192), (192, 96), (101, 290), (200, 230),
+                                                       (383, 96)])))
 def test_niqe_is_its_slow_self(seed, size):
     x = textures(seed, size)
     assert metrics.niqe(x).item() == pytest.approx(slow_niqe(x[0]), rel=1e-6)
@@ -429,7 +437,8 @@ def test_bad_backbone_files_are_refused_in_one_sentence(spoil, suffix, tmp_path,
 
 @pytest.mark.parametrize(
     "failure",
-    [URLError("no route to host"), OSError("disk full"), RuntimeError("invalid hash value"), IncompleteRead(b"", 9),
+    [URLError("no route to host"), OSError("disk full"), RuntimeError("invalid hash value"),
+     IncompleteRead(b"", 9),
      RuntimeError("one line\n\n\tand another\n" * 9)],
 )
 def test_a_failed_download_is_one_sentence_and_leaves_lpips_out(failure, monkeypatch, capsys):

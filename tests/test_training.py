@@ -343,7 +343,8 @@ def test_what_is_not_finite_reaches_no_file(stage, options, spoil, what, train, 
 
 
 @pytest.mark.parametrize("workers, damage", [
-    (0, lambda data: data[:-600]), (2, lambda data: data[:-600]), (0, lambda data: data[:9])])  # pixels, header
+    # pixels, header
+    (0, lambda data: data[:-600]), (2, lambda data: data[:-600]), (0, lambda data: data[:9])])
 def test_a_picture_that_cannot_be_read_is_left_out(workers, damage, world, train, tmp_path, capsys):
     root = shutil.copytree(world / "pictures", tmp_path / "pictures")
     options = f"--root {root} --validation 1 --workers {workers}"  # the first one is for validation
