@@ -387,6 +387,7 @@ def test_a_closed_pipe_and_an_output_of_ascii_alone():
 
 def test_a_second_ctrl_c_says_nothing_more():
     save(*(f"in/{number}.png" for number in range(50)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
     with start() as process:
         process.stdout.readline()
         for _ in range(2):
