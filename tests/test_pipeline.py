@@ -1,5 +1,6 @@
 """rng/pipeline.py with tiny random networks, against Algorithm 1 patch by patch; model folders' faults."""
 
+import functools
 import json
 import math
 import os
@@ -30,20 +31,19 @@ class ByBrightness(nn.Module):  # a controller one can foresee: 0, 1, 2 or 3 ste
         return (4 * x.mean(dim=(1, 2, 3))).long().clamp(0, 3)
 
 
-def tiny_networks(conditions=1):
+def tiny_networks(condition="noisy"):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        networks = NAFNet(4, [1], 1, [1]), UNet(4, (1, 2), blocks=1, conditions=conditions)
-        for parameter in (parameter for network in networks for parameter in network.parameters()):
+        networks = NAFNet(4, [1], 1, [1]), UNet(4, (1, 2), 1, 1 + (condition == "both"))
+        for parameter in nn.ModuleList(networks).parameters():
             if not parameter.any():  # what starts as the identity, or as zero
                 nn.init.normal_(parameter, std=0.1)
     return networks
 
 
 def tiny_model(condition="noisy", target="residual", batch=None, precision="float32", kind=RnG):
-    recon, gen = tiny_networks(2 if condition == "both" else 1)
     settings = GenSettings(condition, target, residual_scale=8.0)
-    return kind(recon, gen, settings, ByBrightness(), FOUND, "cpu", precision, batch)
+    return kind(*tiny_networks(condition), settings, ByBrightness(), FOUND, "cpu", precision, batch)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,9 @@ def random_image(height, width, dtype=np.float32):
     noise = 0.1 * np.random.default_rng(0).normal(size=(height, width, 3))
     image = 0.1 + 0.8 * ((y + x) / max(1, height + width - 2))[..., None] + noise
     return image.astype(dtype) if dtype == np.float32 else to_pixels(image, np.dtype(dtype))
+
+
+PICTURE = random_image(30, 20)
 
 
 @torch.inference_mode()
@@ -95,7 +98,7 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
 
 @pytest.mark.parametrize("settings", [("noisy",), ("initial",), ("both",), ("noisy", "clean")])
 @pytest.mark.parametrize("size, dtype, steps, detail, seed", [
-    ((20, 30), np.float32, 0, 1, 0), ((1, 1), np.uint8, 2, 1, 1), ((300, 17), np.uint16, 4, 1, 2),
+    ((20, 30), np.float32, 0, 1, 0), ((1, 1), np.uint8, 2, 1, 1), ((300, 17), np.uint16, 4, 2, 2),
     ((5, 259), np.uint8, 1, 1, 3), ((259, 5), np.float32, 3, 0.4, 4), ((270, 262), np.float32, "auto", 1, 5)])
 def test_denoise_is_algorithm_1(settings, size, dtype, steps, detail, seed):
     model, image = tiny_model(*settings), random_image(*size, dtype)
@@ -112,18 +115,8 @@ def test_a_g_that_diverges_is_no_picture(eps_hat):
     model = tiny_model()
     model.gen.forward = lambda x, d_t, gamma: torch.full_like(d_t, eps_hat)
     with pytest.raises(InputError, match="g has diverged in 3 steps"):
-        model.denoise(random_image(40, 50), 3)
-    assert np.isfinite(model.denoise(random_image(40, 50), 0)).all()
-
-
-def test_detail_is_linear_in_the_residual(model):
-    image = random_image(60, 50)
-    full = model.denoise(image, steps=2, parts=True)
-    for detail in (0.25, 0.5, 2):
-        parts = model.denoise(image, steps=2, detail=detail, parts=True)
-        assert np.allclose(parts.residual, detail * full.residual.astype(np.float32), rtol=2e-3, atol=1e-4)
-        assert np.array_equal(parts.recon, full.recon)
-    assert np.array_equal(model.denoise(image, "auto", detail=0), full.recon)
+        model.denoise(PICTURE, 3)
+    assert np.isfinite(model.denoise(PICTURE, 0)).all()
 
 
 def test_same_input_and_seed_same_bytes(model):
@@ -135,7 +128,7 @@ def test_same_input_and_seed_same_bytes(model):
     assert first == again == model.denoise(image, **numpys).tobytes() != other
 
 
-@pytest.mark.parametrize("size, steps", [((490, 20), 2), ((20, 490), "auto"), ((480, 480), 1)])
+@pytest.mark.parametrize("size, steps", [((490, 20), 2), ((260, 490), "auto"), ((480, 480), 1)])
 def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps):
     image = random_image(*size)
     whole = model.denoise(image, steps)
@@ -152,36 +145,21 @@ def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps):
 def test_more_of_smaller_patches_go_together(side, most):
     model = tiny_model(batch=1)
     calls = calls_of(model.recon)
-    assert len(model.reconstruct(torch.rand(20, 3, side, side))) == 20 == sum(map(len, calls))
-    assert max(map(len, calls)) == most
-
-
-@pytest.mark.parametrize("size, batch", [((20, 30), 1), ((500, 740), 1), ((740, 500), 9), ((300, 300), 64)])
-def test_groups_have_one_count_and_one_shape(size, batch):
-    image, random = random_image(*size), np.random.default_rng(batch)
-    cols = tiling.count(size[1])
-    step_map, found, rows = random.integers(0, 3, (tiling.count(size[0]), cols)), {}, []
-    for T, places, x in tiny_model(batch=batch).groups(image, step_map):
-        assert {step_map[place] for place in places} == {T} and len(x) == len(places) <= max(batch, cols)
-        found |= zip(places, x)
-        rows += {row // max(1, batch // cols) for row, _ in places}
-    patches = dict(zip(np.ndindex(step_map.shape), tiling.split(torch.tensor(image).permute(2, 0, 1))))
-    assert rows == sorted(rows) and found.keys() == patches.keys()  # from the top downwards
-    assert all(torch.equal(found[place], patch) for place, patch in patches.items())
+    model.reconstruct(torch.rand(20, 3, side, side))
+    assert sum(map(len, calls)) == 20 and max(map(len, calls)) == most
 
 
 @pytest.mark.parametrize("parts", [False, True, "steps"])
 def test_wide_pictures_lie_on_their_side(model, parts, monkeypatch):
-    image = random_image(40, 301)
-    turned = model.denoise(image.transpose(1, 0, 2).copy(), 2, parts=parts)
+    image = random_image(301, 40)
+    high = model.denoise(image, 2, parts=parts)
     monkeypatch.setattr(pipeline, "WIDEST", 299)
-    wide = model.denoise(image, 2, parts=parts)
-    for one, other in zip(wide, turned) if parts else [(wide, turned)]:
+    wide = model.denoise(image.swapaxes(0, 1), 2, parts=parts)
+    for one, other in zip(wide, high) if parts else [(wide, high)]:
         assert one is other is None or np.array_equal(one, other.swapaxes(0, 1))
 
 
 def test_a_full_gpu_halves_the_batch(model, capsys):
-    """A g for which two patches are the most; then for which one is too many."""
     image, fits, small = random_image(480, 480), 2, tiny_model(batch=16)
 
     def refuse(network, inputs):
@@ -199,10 +177,8 @@ def test_a_full_gpu_halves_the_batch(model, capsys):
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_other_precisions_come_close(model, precision):
-    image = random_image(40, 40)
-    out, exact = tiny_model(precision=precision).denoise(image, steps=2), model.denoise(image, steps=2)
-    assert np.abs(out - exact).mean() < 0.01
-    assert precision == "auto" or not np.array_equal(out, exact)
+    out, exact = (one.denoise(PICTURE, 2) for one in (tiny_model(precision=precision), model))
+    assert np.abs(out - exact).mean() < 0.01 and (precision == "auto" or not np.array_equal(out, exact))
 
 
 def test_no_gradients_also_in_a_subclass_with_an_r_of_its_own(model):
@@ -210,8 +186,8 @@ def test_no_gradients_also_in_a_subclass_with_an_r_of_its_own(model):
         def reconstruct(self, x):
             return 0.5 * self.recon(x) * torch.is_inference_mode_enabled()
 
-    out, whole = (kind.denoise(random_image(20, 30), steps=0) for kind in (tiny_model(kind=Darker), model))
-    assert 0.2 < out.mean() and np.abs(out - 0.5 * whole)[(whole > 0) & (whole < 1)].max() < 1e-5
+    out, whole = (one.denoise(PICTURE, 0) for one in (tiny_model(kind=Darker), model))
+    assert 0.2 < out.mean() and np.abs(out - 0.5 * whole)[(0 < whole) & (whole < 1)].max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
@@ -220,7 +196,8 @@ def test_parts_add_up(model, dtype):
     parts, peak = model.denoise(image, steps=3, parts=True), PEAK[image.dtype]
     assert parts.recon.dtype == dtype and parts.residual.dtype == np.float16
     assert np.array_equal(parts.image, model.denoise(image, steps=3))
-    assert np.array_equal(parts.recon, model.denoise(image, steps=0))
+    for r_alone in ({"steps": 0}, {"detail": 0}):
+        assert np.array_equal(parts.recon, model.denoise(image, **r_alone))
     total = (parts.recon / peak + parts.residual.astype(np.float64)).clip(0, 1)
     unclipped = (parts.recon > 0) & (parts.recon < peak)
     assert unclipped.mean() > 0.8 and parts.residual.std() > 0.02
@@ -241,26 +218,21 @@ def test_step_map_is_the_controllers_and_zero_steps_cost_nothing():
 
 
 def test_missing_networks_are_named():
-    image, only_r = random_image(20, 20), RnG(tiny_networks()[0], device="cpu", precision="float32")
-    assert np.array_equal(only_r.denoise(image, steps=0), only_r.denoise(image, detail=0))
+    only_r = RnG(tiny_networks()[0], device="cpu", precision="float32")
+    assert np.array_equal(only_r.denoise(PICTURE, steps=0), only_r.denoise(PICTURE, detail=0))
     for steps, name in ((2, "gen.pt"), ("auto", "controller.pt")):
         with pytest.raises(InputError, match=name):
-            only_r.denoise(image, steps)
-    with pytest.raises(InputError, match="nowhere"):
-        RnG(only_r.recon, device="nowhere")
-
-
-PICTURE = random_image(4, 4)
+            only_r.denoise(PICTURE, steps)
 
 
 @pytest.mark.parametrize("image, options", [
     *((np.zeros(shape, np.uint8), {}) for shape in ((4, 4), (4, 4, 1), (0, 4, 3), (4, 0, 3), (1, 4, 4, 3))),
-    *((PICTURE.astype(dtype), {}) for dtype in (np.float64, np.int32, bool)),
-    *((PICTURE + np.float32(offset), {}) for offset in (math.nan, math.inf, 200, -200)), (PICTURE * 255, {}),
+    *((PICTURE.astype(dtype), {}) for dtype in (np.float64, np.int32, bool)), (PICTURE * 255, {}),
+    *((PICTURE + np.float32(offset), {}) for offset in (math.nan, math.inf, 200, -200)),
     *((PICTURE, {"steps": steps}) for steps in (-1, "fast", True, 1.5, None, np.float64(3))),
     *((PICTURE, {"detail": detail}) for detail in (3, -1, math.nan, math.inf, "1", None)),
     *((PICTURE, {"seed": seed}) for seed in (-1, 1.5, 2 ** 63, None)),
-    ("noisy.png", {}), (Path("noisy.png"), {}), (Image.new("RGB", (4, 4)), {}), (PICTURE.tolist(), {})])
+    *((image, {}) for image in ("noisy.png", Path("noisy.png"), Image.new("RGB", (4, 4)), PICTURE.tolist()))])
 def test_arguments_that_cannot_be(model, image, options):
     with pytest.raises(ValueError if isinstance(image, np.ndarray) else TypeError, match="^[^\n]{20,200}$"):
         model.denoise(image, **{"steps": 0, **options})
@@ -271,7 +243,7 @@ def test_arguments_that_cannot_be(model, image, options):
 
 def save_model(folder, *settings):
     """Writes a tiny model folder; the model, rounded to float16 as the files are, comes back."""
-    (recon, gen), s = tiny_networks(2 if "both" in settings else 1), StepController(4)
+    (recon, gen), s = tiny_networks(*settings[:1]), StepController(4)
     s(torch.rand(2, 3, 16, 16))  # in training mode: the statistics move
     settings, found = GenSettings(*settings, residual_scale=8.0), FOUND._replace(variance="posterior")
     (folder / "schedule.json").write_text(json.dumps(dict(zip(("end", "detail", "variance"), found))))
@@ -307,13 +279,6 @@ def test_saved_model_is_the_model(tmp_path, settings):
     assert not (loaded.recon.training or loaded.gen.training or loaded.controller.training)
     s_says = saved.controller.predict_steps(to_tensor(image)[None]).item()
     assert loaded.denoise(image, parts="steps").steps.tolist() == [[s_says]] and s_says in STEPS
-    for path in tmp_path.glob("*.pt"):  # plain types only
-        content = torch.load(path, weights_only=True)
-        assert set(content) == {"kind", "config", "state_dict", "info"} and content["kind"] == path.stem
-        for name, tensor in content["state_dict"].items():
-            kept = torch.float32 if name.endswith(("running_mean", "running_var")) else torch.float16
-            assert tensor.dtype == (torch.int64 if "num_batches" in name else kept)
-    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_networks_that_do_not_belong_together_are_refused(copy):
@@ -344,7 +309,7 @@ def test_model_is_found_by_name_but_a_path_wins(folder, copy, monkeypatch):
     (copy / "recon.pt").rename(copy / folder.name / "recon.pt")
     model = RnG.load(folder.name, "cpu")
     assert model.gen is model.controller is None and model.schedules == Schedules()
-    assert model.denoise(random_image(9, 9), steps=0).shape == (9, 9, 3)
+    assert model.denoise(PICTURE, 0).shape == PICTURE.shape
 
 
 def test_a_unet_is_an_r_but_not_one_that_wants_a_noise_level(copy):
@@ -435,13 +400,11 @@ WRONG = {
 @pytest.mark.parametrize("where, value", [(where, value) for where in WRONG for value in WRONG[where]],
                          ids=lambda part: str(part)[:30])
 def test_contents_that_are_none(copy, where, value):
-    name, *way = where.split()
-    content = part = {"": torch.load(copy / name, weights_only=True)}
-    for key in ["", *way][:-1]:
-        part = part[key]
-    part[["", *way][-1]] = value
-    torch.save(content[""], copy / name)
-    assert_refused(copy, name + " holds a network of kind" * (way == ["kind"] and isinstance(value, str)))
+    (*way, last), name = where.split(), where.split()[0]
+    content = {name: torch.load(copy / name, weights_only=True)}
+    functools.reduce(dict.get, way, content)[last] = value
+    torch.save(content[name], copy / name)
+    assert_refused(copy, name + " holds a network of kind" * (last == "kind" and isinstance(value, str)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

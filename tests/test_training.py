@@ -503,7 +503,13 @@ def test_reconstruction_loss():
     psnr = [-10 * np.log10(one.mean()) for one in squared]
     both = torch.from_numpy(clean), torch.from_numpy(estimate)
     assert reconstruction_loss(*both).item() == pytest.approx(squared.mean(), rel=1e-6)
-    assert reconstruction_loss(*both, "psnr").item() == pytest.approx(-np.mean(psnr), rel=1e-6)
+    assert reconstruction_loss(*both, "psnr").item() == pytest.approx(-np.mean(psnr), abs=1e-3)
+    norms = []
+    for off in (1e-6, 1e-4, 0.03):  # a picture without noise does not drown the others
+        estimate = (both[0] + off).requires_grad_()
+        reconstruction_loss(both[0], estimate, "psnr").backward()
+        norms.append(estimate.grad.norm().item())
+    assert 0 < norms[0] < norms[1] < norms[2]
 
 
 # What is written.

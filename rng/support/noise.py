@@ -84,8 +84,8 @@ def low_light(clean, exposure, shot, read, generator):
 
 
 KINDS = {  # of the wide mix, and how often each is drawn
-    "white": 0.38, "equal": 0.10, "channels": 0.06, "camera": 0.14, "dark": 0.07, "grain": 0.08, "jpeg": 0.06,
-    "clean": 0.11,
+    "white": 0.46, "equal": 0.11, "channels": 0.05, "camera": 0.12, "dark": 0.05, "grain": 0.06, "jpeg": 0.05,
+    "clean": 0.10,
 }
 GREY = 1 / 8  # of the pictures are made grey
 
