@@ -14,36 +14,34 @@ from PIL import Image
 from torch import nn
 
 from rng import pipeline, tiling
-from rng.controller import STEPS, StepController
+from rng.controller import StepController
 from rng.folder import GenSettings, Schedules, load_model, made_with, save_schedules
 from rng.nafnet import NAFNet
 from rng.pipeline import RnG
 from rng.support.checkpoint import fingerprint, save_weights
 from rng.support.errors import InputError
-from rng.support.images import PEAK, to_pixels, to_tensor
+from rng.support.images import PEAK, to_pixels
 from rng.unet import UNet
 
-FOUND = Schedules(ends={1: 0.2, 2: 0.3, 3: 0.4}, details={3: 0.7})
+FOUND = Schedules(ends={1: 0.2, 2: 0.3, 3: 0.4}, details={2: 0.7})
 
 
 class ByBrightness(nn.Module):  # a controller one can foresee: 0, 1, 2 or 3 steps
     def predict_steps(self, x):
-        return (4 * x.mean(dim=(1, 2, 3))).long().clamp(0, 3)
+        return (6 * x.mean(dim=(1, 2, 3)) - 2.5).long().clamp(0, 3)
 
 
 def tiny_networks(condition="noisy"):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        networks = NAFNet(4, [1], 1, [1]), UNet(4, (1, 2), 1, 1 + (condition == "both"))
-        for parameter in nn.ModuleList(networks).parameters():
-            if not parameter.any():  # what starts as the identity, or as zero
-                nn.init.normal_(parameter, std=0.1)
+    networks = NAFNet(4, [1], 1, [1]), UNet(4, (1, 2), 1, 1 + (condition == "both"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in nn.ModuleList(networks).parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
     return networks
 
 
-def tiny_model(condition="noisy", target="residual", batch=None, precision="float32", kind=RnG):
+def tiny_model(condition="noisy", target="residual", batch=None, precision="float32"):
     settings = GenSettings(condition, target, residual_scale=8.0)
-    return kind(*tiny_networks(condition), settings, ByBrightness(), FOUND, "cpu", precision, batch)
+    return RnG(*tiny_networks(condition), settings, ByBrightness(), FOUND, "cpu", precision, batch)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +70,13 @@ PICTURE = random_image(30, 20)
 
 @torch.inference_mode()
 def algorithm_1(model, image, steps, seed=0, detail=1.0):
-    """Algorithm 1 for each 256-pixel patch on its own, in the paper's symbols; (H, W, 3), not clipped."""
+    """Algorithm 1 for each patch on its own, in the paper's symbols -> (H, W, 3), not clipped; the T's."""
     (height, width), pieces = image.shape[:2], []
-    patches = tiling.split(torch.tensor(image.astype(np.float32) / PEAK[image.dtype]).permute(2, 0, 1))
-    counts = [model.controller.predict_steps(x[None]).item() if steps == "auto" else steps for x in patches]
+    whole = torch.tensor(image.astype(np.float32) / PEAK[image.dtype]).permute(2, 0, 1)
+    patches = [patch[None] for patch in tiling.split(whole)]
+    counts = [model.controller.predict_steps(x).item() if steps == "auto" else steps for x in patches]
     details = np.array([FOUND.details.get(T, 1) if T else 0 for T in counts]).reshape(-1, tiling.count(width))
     for place, x, T in zip(np.ndindex(details.shape), patches, counts):
-        x = x[None]
         noise = tiling.NoiseField([(seed, *place)], *x.shape[2:])
         y_r = torch.full_like(x, 0.5) if model.settings.target == "clean" else model.recon(x)     # line 1
         d = noise(0)
@@ -93,21 +91,23 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
                 d = d + math.sqrt(1 - alpha_t) * noise(t)
         faded = torch.tensor(tiling.fade(details, *place, *x.shape[2:]))
         pieces.append((y_r + detail * faded * d / 8 if T else y_r)[0])                            # line 6
-    return tiling.stitch(pieces, height, width).permute(1, 2, 0).numpy()
+    return tiling.stitch(pieces, height, width).permute(1, 2, 0).numpy(), counts
 
 
 @pytest.mark.parametrize("settings", [("noisy",), ("initial",), ("both",), ("noisy", "clean")])
 @pytest.mark.parametrize("size, dtype, steps, detail, seed", [
     ((20, 30), np.float32, 0, 1, 0), ((1, 1), np.uint8, 2, 1, 1), ((300, 17), np.uint16, 4, 2, 2),
-    ((5, 259), np.uint8, 1, 1, 3), ((259, 5), np.float32, 3, 0.4, 4), ((270, 262), np.float32, "auto", 1, 5)])
+    ((5, 259), np.uint8, 1, 1, 3), ((259, 5), np.float32, 3, 0.4, 4), ((270, 490), np.float32, "auto", 1, 5)])
 def test_denoise_is_algorithm_1(settings, size, dtype, steps, detail, seed):
     model, image = tiny_model(*settings), random_image(*size, dtype)
-    before, peak = image.copy(), PEAK[image.dtype]
-    out, _, residual, _ = model.denoise(image, steps, seed, detail, parts=True)
+    before, peak, calls = image.copy(), PEAK[image.dtype], calls_of(model.gen)
+    out, _, residual, step_map = model.denoise(image, steps, seed, detail, parts=True)
+    expected, counts = algorithm_1(model, image, steps, seed, detail)
     assert out.shape == image.shape and out.dtype == image.dtype and np.array_equal(image, before)
-    expected = algorithm_1(model, image, steps, seed, detail).clip(0, 1) * peak
-    assert np.abs(out - expected).max() < (1e-4 if peak == 1 else 0.5 + 1e-4 * peak)
+    assert np.abs(out - expected.clip(0, 1) * peak).max() < (1e-4 if peak == 1 else 0.5 + 1e-4 * peak)
     assert out.min() >= 0 and out.max() <= peak and (np.abs(residual).max() > 0.02) == (steps != 0)
+    assert step_map.ravel().tolist() == counts and sum(map(len, calls)) == 2 * sum(counts)  # each made half
+    assert steps != "auto" or counts == [0, 1, 1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("eps_hat", [float("nan"), float("inf"), -1e4])
@@ -116,7 +116,6 @@ def test_a_g_that_diverges_is_no_picture(eps_hat):
     model.gen.forward = lambda x, d_t, gamma: torch.full_like(d_t, eps_hat)
     with pytest.raises(InputError, match="g has diverged in 3 steps"):
         model.denoise(PICTURE, 3)
-    assert np.isfinite(model.denoise(PICTURE, 0)).all()
 
 
 def test_same_input_and_seed_same_bytes(model):
@@ -124,35 +123,25 @@ def test_same_input_and_seed_same_bytes(model):
     first, again, other = (model.denoise(image, steps=2, seed=seed).tobytes() for seed in (0, 0, 1))
     tiling.cell_noise.cache_clear()
     torch.manual_seed(5)
-    numpys = {"steps": np.int64(2), "seed": np.uint8(0), "detail": np.float32(1)}
-    assert first == again == model.denoise(image, **numpys).tobytes() != other
+    assert first == again == model.denoise(image, np.int64(2), np.uint8(0), np.float32(1)).tobytes() != other
 
 
-@pytest.mark.parametrize("size, steps", [((490, 20), 2), ((260, 490), "auto"), ((480, 480), 1)])
+@pytest.mark.parametrize("size, steps", [((490, 9), 2), ((9, 490), 2), ((260, 490), "auto"), ((480, 480), 1)])
 def test_batch_size_does_not_matter_and_bounds_the_batches(model, size, steps):
-    image = random_image(*size)
-    whole = model.denoise(image, steps)
+    """It counts 256-pixel patches: of the lower ones of a low picture two go together as one."""
+    whole = model.denoise(image := random_image(*size), steps)
     for batch in (1, 2, 64):
         other = tiny_model(batch=batch)
         calls, told = calls_of(other.recon, other.gen), []
         assert np.abs(other.denoise(image, steps, progress=told.append) - whole).max() < 1e-5
         assert 0 < told[0] < 0.8 and told == sorted(told) and told[-1] == 1
         assert max(x.numel() for x in calls) <= batch * 3 * 256 ** 2
-        assert batch == 1 or steps == "auto" or max(map(len, calls)) > 1
-
-
-@pytest.mark.parametrize("side, most", [(256, 1), (144, 3), (128, 4), (64, 16)])
-def test_more_of_smaller_patches_go_together(side, most):
-    model = tiny_model(batch=1)
-    calls = calls_of(model.recon)
-    model.reconstruct(torch.rand(20, 3, side, side))
-    assert sum(map(len, calls)) == 20 and max(map(len, calls)) == most
+        assert steps == "auto" or (max(map(len, calls)) > 1) == (batch > 1 or size == (9, 490))
 
 
 @pytest.mark.parametrize("parts", [False, True, "steps"])
 def test_wide_pictures_lie_on_their_side(model, parts, monkeypatch):
-    image = random_image(301, 40)
-    high = model.denoise(image, 2, parts=parts)
+    high = model.denoise(image := random_image(301, 40), 2, parts=parts)
     monkeypatch.setattr(pipeline, "WIDEST", 299)
     wide = model.denoise(image.swapaxes(0, 1), 2, parts=parts)
     for one, other in zip(wide, high) if parts else [(wide, high)]:
@@ -181,40 +170,26 @@ def test_other_precisions_come_close(model, precision):
     assert np.abs(out - exact).mean() < 0.01 and (precision == "auto" or not np.array_equal(out, exact))
 
 
-def test_no_gradients_also_in_a_subclass_with_an_r_of_its_own(model):
-    class Darker(RnG):
-        def reconstruct(self, x):
-            return 0.5 * self.recon(x) * torch.is_inference_mode_enabled()
-
-    out, whole = (one.denoise(PICTURE, 0) for one in (tiny_model(kind=Darker), model))
+def test_no_gradients_also_with_an_r_of_ones_own(model):
+    darker = tiny_model()
+    darker.reconstruct = lambda x: 0.5 * darker.recon(x) * torch.is_inference_mode_enabled()
+    out, whole = (one.denoise(PICTURE, 0) for one in (darker, model))
     assert 0.2 < out.mean() and np.abs(out - 0.5 * whole)[(0 < whole) & (whole < 1)].max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_parts_add_up(model, dtype):
-    image = random_image(260, 100, dtype)
-    parts, peak = model.denoise(image, steps=3, parts=True), PEAK[image.dtype]
+    image, peak = random_image(260, 100, dtype), PEAK[np.dtype(dtype)]
+    parts = model.denoise(image, 3, parts=True)
     assert parts.recon.dtype == dtype and parts.residual.dtype == np.float16
-    assert np.array_equal(parts.image, model.denoise(image, steps=3))
-    for r_alone in ({"steps": 0}, {"detail": 0}):
-        assert np.array_equal(parts.recon, model.denoise(image, **r_alone))
+    assert np.array_equal(parts.image, model.denoise(image, 3))
+    assert np.array_equal(parts.recon, model.denoise(image, 0))
     total = (parts.recon / peak + parts.residual.astype(np.float64)).clip(0, 1)
     unclipped = (parts.recon > 0) & (parts.recon < peak)
     assert unclipped.mean() > 0.8 and parts.residual.std() > 0.02
     assert np.abs(parts.image / peak - total)[unclipped].max() < 1e-3 + (0 if peak == 1 else 1 / peak)
-    image, *no_parts, steps = model.denoise(image, steps=3, parts="steps")
+    image, *no_parts, steps = model.denoise(image, 3, parts="steps")
     assert np.array_equal(image, parts.image) and (steps == parts.steps).all() and no_parts == [None, None]
-
-
-def test_step_map_is_the_controllers_and_zero_steps_cost_nothing():
-    model = tiny_model(batch=2)
-    brightness = np.kron([[0.1, 0.3], [0.6, 0.9]], np.ones((240, 240)))[..., None]
-    image = (0.05 * random_image(480, 480) + brightness).astype(np.float32)
-    calls, parts = calls_of(model.gen), model.denoise(image, parts=True)
-    assert parts.steps.tolist() == [[0, 1], [2, 3]]
-    assert sum(map(len, calls)) == 6 and min(x.mean((1, 2, 3)).min() for x in calls) > 0.25
-    assert not parts.residual[:236, :236].any() and parts.residual[244:, 244:].all(axis=2).mean() > 0.9
-    assert model.denoise(image[:20], steps=1, parts=True).steps.tolist() == [[1, 1]]
 
 
 def test_missing_networks_are_named():
@@ -236,9 +211,6 @@ def test_missing_networks_are_named():
 def test_arguments_that_cannot_be(model, image, options):
     with pytest.raises(ValueError if isinstance(image, np.ndarray) else TypeError, match="^[^\n]{20,200}$"):
         model.denoise(image, **{"steps": 0, **options})
-
-
-# Model folders
 
 
 def save_model(folder, *settings):
@@ -274,11 +246,9 @@ def assert_refused(folder, mention=""):
 def test_saved_model_is_the_model(tmp_path, settings):
     saved, image = save_model(tmp_path, *settings), random_image(64, 64, np.uint8)
     loaded, x = RnG.load(tmp_path, "cpu", "float32"), torch.rand(3, 3, 32, 32)
-    assert np.array_equal(saved.denoise(image, steps=2), loaded.denoise(image, steps=2))
+    for steps in (2, "auto"):
+        assert np.array_equal(saved.denoise(image, steps), loaded.denoise(image, steps))
     assert torch.equal(saved.controller(x), loaded.controller(x)) and loaded.schedules == saved.schedules
-    assert not (loaded.recon.training or loaded.gen.training or loaded.controller.training)
-    s_says = saved.controller.predict_steps(to_tensor(image)[None]).item()
-    assert loaded.denoise(image, parts="steps").steps.tolist() == [[s_says]] and s_says in STEPS
 
 
 def test_networks_that_do_not_belong_together_are_refused(copy):
@@ -309,7 +279,6 @@ def test_model_is_found_by_name_but_a_path_wins(folder, copy, monkeypatch):
     (copy / "recon.pt").rename(copy / folder.name / "recon.pt")
     model = RnG.load(folder.name, "cpu")
     assert model.gen is model.controller is None and model.schedules == Schedules()
-    assert model.denoise(PICTURE, 0).shape == PICTURE.shape
 
 
 def test_a_unet_is_an_r_but_not_one_that_wants_a_noise_level(copy):
@@ -336,7 +305,6 @@ each_file = pytest.mark.parametrize("name", ["recon.pt", "gen.pt", "controller.p
 
 @each_file
 def test_damaged_weights(copy, name):
-    """Cut, misspelled, text, and pickles that pop from an empty stack or end within a number."""
     whole = (copy / name).read_bytes()
     for damaged in (b"", whole[:len(whole) // 2], whole.replace(b"state_dict", b"state_dirt"),
                     b"<!DOCTYPE html><html>not found</html>", b"0", b"\x80\x02J\x01"):
@@ -347,30 +315,22 @@ def test_damaged_weights(copy, name):
 @pytest.mark.parametrize("old_format", [False, True])
 @each_file
 @pytest.mark.parametrize("seed", range(int(os.environ.get("RNG_FUZZ", 200)) // 8))
-def test_a_flipped_bit_of_a_weight_file(copy, seed, name, old_format):
-    """Refused in one sentence, or a result; the old format, of many NAFNet checkpoints, has no checksums."""
-    random = np.random.default_rng([seed, len(name), old_format])
+def test_a_flipped_bit_of_a_weight_is_told(copy, seed, name, old_format):
+    """Elsewhere, and in the old format of many NAFNet checkpoints, which has no checksums, or a result."""
+    random, content = np.random.default_rng([seed, len(name), old_format]), torch.load(copy / name)
     if old_format:
-        content = torch.load(copy / name, weights_only=True)
         torch.save(content, copy / name, _use_new_zipfile_serialization=False)
-    content = bytearray((copy / name).read_bytes())
-    content[random.integers(len(content))] ^= 1 << random.integers(8)
-    (copy / name).write_bytes(content)
+    data = bytearray((copy / name).read_bytes())
+    weights = max(content["state_dict"].values(), key=torch.numel).numpy().tobytes()
+    place = int(random.integers(len(data)) if seed else data.index(weights))
+    data[place] ^= 1 << random.integers(8)
+    (copy / name).write_bytes(data)
     try:
         model = RnG.load(copy, "cpu", "float32")
     except InputError as error:
         assert name in str(error) and "\n" not in str(error)
     else:
-        assert model.denoise(random_image(20, 20, np.uint8), steps=2).shape == (20, 20, 3)
-
-
-@each_file
-def test_a_flipped_bit_of_a_weight_is_told(copy, name):
-    content = bytearray((copy / name).read_bytes())
-    tensors = torch.load(copy / name, weights_only=True)["state_dict"].values()
-    content[content.index(max(tensors, key=torch.numel).numpy().tobytes())] ^= 1
-    (copy / name).write_bytes(content)
-    assert_refused(copy, name)
+        assert (seed or old_format) and model.denoise(PICTURE, steps=2).shape == PICTURE.shape
 
 
 def test_code_in_a_weight_file_is_not_run(copy):
@@ -381,7 +341,7 @@ def test_code_in_a_weight_file_is_not_run(copy):
 
 
 INTRO = torch.zeros(4, 3, 3, 3)
-WRONG = {
+WRONG = [(where, value) for where, values in {
     "recon.pt": [[1, 2], {"kind": "recon"}, *({"params": params} for params in (
         {}, 3, {3: INTRO}, *({"intro.weight": value} for value in (INTRO, 4, "text", torch.zeros(()))),
         {"intro.weight": INTRO, "downs.x.weight": INTRO}, {"intro.weight": INTRO, "middle_blks.": 3}))],
@@ -394,28 +354,25 @@ WRONG = {
     "gen.pt config train_end": [0, 1, math.nan, "0.01", None], "gen.pt config recon": [3, []],
     "gen.pt config further": [1], "gen.pt config unet": [None, 3, [], {}], "gen.pt config unet noise": [1],
     "gen.pt config unet multipliers": [[], 3, "12"], "gen.pt config unet base": ["4", 4.0, 10 ** 5],
-    "gen.pt config unet blocks": [0, None], "gen.pt config unet conditions": [2]}
+    "gen.pt config unet blocks": [0, None], "gen.pt config unet conditions": [2]}.items() for value in values]
 
 
-@pytest.mark.parametrize("where, value", [(where, value) for where in WRONG for value in WRONG[where]],
-                         ids=lambda part: str(part)[:30])
+@pytest.mark.parametrize("where, value", WRONG, ids=lambda part: str(part)[:30])
 def test_contents_that_are_none(copy, where, value):
     (*way, last), name = where.split(), where.split()[0]
-    content = {name: torch.load(copy / name, weights_only=True)}
+    content = {name: torch.load(copy / name)}
     functools.reduce(dict.get, way, content)[last] = value
     torch.save(content[name], copy / name)
     assert_refused(copy, name + " holds a network of kind" * (last == "kind" and isinstance(value, str)))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("quarter, value", [(0, math.nan), (1, math.inf), (2, -math.inf), (3, math.nan)])
 @each_file
-@pytest.mark.parametrize("seed", range(4))
-def test_weights_that_are_not_finite(copy, name, value, seed):
+def test_weights_that_are_not_finite(copy, name, quarter, value):
     """One weight of any tensor; a NaN that r or g met would make a black picture."""
-    content, random = torch.load(copy / name, weights_only=True), np.random.default_rng(seed)
+    content = torch.load(copy / name)
     tensors = [tensor for tensor in content["state_dict"].values() if tensor.is_floating_point()]
-    tensor = tensors[random.integers(len(tensors))].view(-1)
-    tensor[random.integers(len(tensor))] = value
+    tensors[quarter * len(tensors) // 4].view(-1)[-1] = value
     torch.save(content, copy / name)
     assert_refused(copy, f"{name} does not hold the network it should, or weights that are not finite")
 
