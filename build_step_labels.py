@@ -27,7 +27,7 @@ from rng.support.crops import LABELS, random_place
 from rng.support.device import add_arguments as add_device_arguments
 from rng.support.device import rank, wait_for_all, world_size
 from rng.support.errors import InputError, Parser, append_line, number, script
-from rng.support.noise import NoiseMix
+from rng.support.noise import KINDS, NoiseMix
 
 
 def parse(argv):
@@ -57,14 +57,14 @@ def main(argv=None):
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
     sets, _ = data.training_sets(args.data, args.root)
     weights = data.weights_of(args) / data.weights_of(args).sum()
-    options = fingerprint([args.data, weights.tolist(), args.sigma, args.camera, args.clip_noisy, args.size,
+    options = fingerprint([args.data, weights.tolist(), args.noise, args.sigma, args.camera, args.clip_noisy, args.size,
                            counts, args.seed])
     model_folder = folder.find(args.model)
     path = model_folder / (f"step_labels.{rank()}.jsonl" if rank() else "step_labels.jsonl")
     found = search.read_labels(model_folder)
     if any(label.options != options for label in found):
-        raise InputError(f"{model_folder} holds labels of another --data, --weight, --sigma, --camera, "
-                         "--clip-noisy, --size, --counts or --seed; give the same ones, remove "
+        raise InputError(f"{model_folder} holds labels of another --data, --weight, --noise, --sigma, "
+                         "--camera, --clip-noisy, --size, --counts or --seed; give the same ones, remove "
                          "step_labels*.jsonl, or name another --model folder")
     search.drop_torn_line(path)
     made_with = {**folder.made_with(model_folder), "options": options}
@@ -112,9 +112,12 @@ def draw_patch(args, sets, weights, n, made_with):
     item = sets[chosen][index]
     clean, noisy = read(item)
     top, left = random_place(clean, args.size, generator)
-    mix = NoiseMix(args.sigma, args.camera, args.clip_noisy)
-    sigma, clip = mix.draw(generator) if noisy is None else (None, False)
-    label = search.Label(n, chosen, item.name, top, left, args.size, sigma, clip,
+    sigma, clip, kind = None, False, None
+    if noisy is None and args.noise == "wide":
+        sigma, kind = "wide", str(generator.choice(list(KINDS), p=list(KINDS.values())))
+    elif noisy is None:
+        sigma, clip = NoiseMix(args.sigma, args.camera, args.clip_noisy).draw(generator)
+    label = search.Label(n, chosen, item.name, top, left, args.size, sigma, clip, kind,
                          int(generator.integers(2 ** 32)), lpips=[], **made_with)
     return label, *search.labelled_patch(clean, noisy, label)
 

@@ -42,11 +42,12 @@ def linear_schedule(T, end, variance="paper"):
 
 
 def default_end(T):
-    """End point of 1 - alpha for a step count that no grid search has covered: min(0.5, 10 / T).
+    """End point of 1 - alpha for a step count that no grid search has covered: min(0.5, 20 / T).
 
-    The sum of 1 - alpha_t over T steps is then about 5, and gamma_T about exp(-5): d_T is nearly pure noise.
+    The sum of 1 - alpha_t over T steps is then about 10, and gamma_T about exp(-10): d_T is pure noise. 2,000
+    steps are the training schedule.
     """
-    return min(0.5, 10 / T)
+    return min(0.5, 20 / T)
 
 
 def q_sample(d_0, gamma, eps):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rng import ddpm, metrics
 
 T, END, VARIANCE = 10, 0.7, "posterior"   # of the sampler that g is finished for
-PERCEPTUAL, ANCHOR, TINT = 10.0, 0.05, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
+PERCEPTUAL, ANCHOR, TINT = 10.0, 0.3, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
 MEAN_FREE = 0.002   # mean of d_0 in a crop and channel, in [0, 1] units, that the guard lets pass
 OFFSET = 16         # pixels: LPIPS sees a window at a random offset below this, see finishing_loss
 

@@ -13,7 +13,7 @@ from rng.controller import STEPS
 from rng.support.crops import cut
 from rng.support.errors import InputError
 from rng.support.images import to_tensor
-from rng.support.noise import add_noise
+from rng.support.noise import KINDS, add_noise, wide_mix
 
 BATCH = 16  # patches at a time in LPIPS: only bounds the memory
 NOISY_ENOUGH = 0.1  # largest gamma_T: above, g takes the noise it starts from for signal, which leaves grain
@@ -62,8 +62,9 @@ class Label(NamedTuple):
     top: int
     left: int
     size: int               # side of the patch, pixels
-    sigma: float | str | None   # of NoiseMix.draw; None: the picture has noise of its own
+    sigma: float | str | None   # of NoiseMix.draw, or "wide"; None: the picture has noise of its own
     clip: bool
+    kind: str | None        # of the wide mix
     seed: int               # of the noise, added and sampled
     gen: str                # fingerprints of what it was made with, see folder.made_with
     schedule: str | None
@@ -113,7 +114,8 @@ def _possible(label):
                 for value in (label.n, label.set, label.top, label.left, label.seed))
             and type(label.size) is int and 0 < label.size <= tiling.PATCH
             and type(label.image) is str and type(label.clip) is bool
-            and (label.sigma in (None, "camera") or 0 <= label.sigma <= 255)
+            and (label.kind in KINDS if label.sigma == "wide" else label.kind is None)
+            and (label.sigma in (None, "camera", "wide") or 0 <= label.sigma <= 255)
             and len(label.lpips) == len(STEPS) and len(tried) > 0
             and all(type(value) is float and 0 <= value < math.inf for value in tried))
 
@@ -137,5 +139,9 @@ def labelled_patch(clean, noisy, label):
                          "give the labels' own --data and --root")
     clean, noisy = (picture if picture is None else cut(picture, *place) for picture in (clean, noisy))
     if noisy is None:
-        noisy = add_noise(clean, label.sigma, label.clip, np.random.default_rng(label.seed))
+        generator = np.random.default_rng(label.seed)
+        if label.kind:
+            clean, noisy = wide_mix(clean, generator, label.kind)
+        else:
+            noisy = add_noise(clean, label.sigma, label.clip, generator)
     return to_tensor(noisy), to_tensor(clean)

@@ -295,25 +295,29 @@ def test_a_batch_without_a_place_for_a_set_is_refused(options):
     assert len(stream_of(f"sample sample {options}0").sets) >= 2
 
 
-@pytest.mark.parametrize("sigma", [None, 0.0, 31.4159265358979, 50.0, "camera"])
+@pytest.mark.parametrize("sigma", [None, 0.0, 31.4159265358979, 50.0, "camera", *noise.KINDS])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("size", [16, 30])
 def test_labelled_patch_is_made_again(sigma, clip, size):
-    """sigma None: of a real pair."""
-    gen = np.random.default_rng(0)
+    """sigma None: of a real pair; a kind's name: of the wide mix."""
+    gen, kind = np.random.default_rng(0), None
     clean = gen.integers(0, 200, (24, 40, 3), dtype=np.uint8)
     of_pair = clean + np.uint8(40) if sigma is None else None
     place = *crops.random_place(clean, size, gen), size
-    label = search.Label(0, 0, "a.png", *place, sigma, clip, 2 ** 32 - 1, "", None, "", [])
+    if sigma in noise.KINDS and sigma != "camera":
+        sigma, kind = "wide", sigma
+    label = search.Label(0, 0, "a.png", *place, sigma, clip, kind, 2 ** 32 - 1, "", None, "", [])
     noisy, y = search.labelled_patch(clean, of_pair, search.Label(**json.loads(json.dumps(label._asdict()))))
     assert same(search.labelled_patch(clean, of_pair, label), (noisy, y))
     assert noisy.shape == y.shape == (3, size, size) and noisy.dtype == y.dtype == torch.float32
-    assert np.array_equal(pixels(y)[:24], clean[label.top:, label.left:][:size, :size])
-    expected, generator = y.permute(1, 2, 0).numpy(), np.random.default_rng(label.seed)
-    expected = (expected + 40 / 255 if sigma is None else
+    expected, generator = crops.cut(clean, *place), np.random.default_rng(label.seed)
+    if kind:
+        expected, of_kind = noise.wide_mix(expected, generator, kind)
+    np.testing.assert_allclose(y.permute(1, 2, 0), expected, atol=1e-6)
+    expected = (of_kind if kind else expected + 40 / 255 if sigma is None else
                 noise.camera_noise(expected, generator) if sigma == "camera" else
                 noise.gaussian_noise(expected, sigma / 255, generator))
-    expected = (expected.clip(0, 1) * 255).round() / 255 if clip else expected
+    expected = (expected.clip(0, 1) * 255).round() / 255 if clip and not kind else expected
     np.testing.assert_allclose(noisy.permute(1, 2, 0), expected, atol=1e-6)
     other = search.labelled_patch(clean, of_pair, label._replace(seed=label.seed ^ 1))[0]
-    assert torch.equal(other, noisy) == (sigma in (None, 0))
+    assert torch.equal(other, noisy) == (sigma in (None, 0)) or kind == "clean"

@@ -65,7 +65,7 @@ def test_grain_of_few_steps():
         for T, cell in zip(COUNTS, cells.split("|")):
             if variance == "paper":
                 grain = math.sqrt(float(s) ** 2 + ddpm.default_end(T) / T)
-                assert float(cell) == pytest.approx(grain, rel=0.05)
+                assert float(cell) == pytest.approx(grain, rel=0.06)
 
 
 @pytest.mark.parametrize("seed", range(20))

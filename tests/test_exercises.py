@@ -102,4 +102,4 @@ def test_expectation_between_0_and_100_is_50():
     model = RnG(nn.Identity(), UNet(4, blocks=1), controller=s, device="cpu")
     assert StepController.predict_steps(s, torch.rand(1, 3, 32, 32)).tolist() == [0]
     parts = model.denoise(np.random.default_rng(0).random((64, 64, 3), np.float32), parts=True)
-    assert parts.steps.tolist() == [[50]] and ddpm.default_end(50) == 0.2
+    assert parts.steps.tolist() == [[50]] and ddpm.default_end(50) == 0.4

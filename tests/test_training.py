@@ -104,7 +104,7 @@ def train(arguments, tmp_path, monkeypatch):
 
 def label(n, made_with=""):
     lpips = np.random.default_rng(n).random(len(STEPS)).tolist()
-    return search.Label(n, 0, f"{n % 6}.png", n, 2 * n, 16, 5.0 * n, n % 2 == 0, n, made_with, None, "",
+    return search.Label(n, 0, f"{n % 6}.png", n, 2 * n, 16, 5.0 * n, n % 2 == 0, None, n, made_with, None, "",
                         lpips)
 
 

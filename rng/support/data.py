@@ -179,6 +179,9 @@ def add_arguments(parser):
     add_sets(group)
     add = group.add_argument
     add("--weight", nargs="+", type=number(float, 0), help="share of each data set (default: equal)")
+    add("--noise", choices=["gaussian", "wide"], default="gaussian",
+        help="gaussian: as --sigma, --camera and --clip-noisy say (default); wide: of every kind "
+             "(rng/support/noise.py)")
     add("--sigma", nargs="+", type=sigma_range, default=[(20.0, 20.0), (35.0, 35.0), (50.0, 50.0)],
         metavar="S", help="std of the Gaussian noise, 0-255 scale: values, or ranges such as 0-55 "
                           "(default: 20 35 50)")

@@ -77,8 +77,6 @@ def add_crop_arguments(parser, presets):
     """The options of the stages that learn from crops."""
     group = parser.add_argument_group("crops")
     presets.add(group, "--crop", "side of a crop, pixels", type=number(int, 8))
-    group.add_argument("--noise", choices=["gaussian", "wide"], default="gaussian",
-                       help="gaussian: as --sigma says (default); wide: of every kind (rng/support/noise.py)")
     group.add_argument("--validation", type=number(int, 1), default=16,
                        help="validation crops, of pictures held out (default: 16)")
     group.add_argument("--workers", type=number(int, 0), default=2,
