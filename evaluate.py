@@ -113,14 +113,15 @@ def methods(args, model):  # the rows of the table but for --outputs
     return own
 
 
-def picture(method, args, model, clean, noisy, theirs):
-    """-> (picture of a row, uint8 (H, W, 3); its mean steps, or nan); theirs: {other method: its picture}."""
+def pictures(method, args, model, clean, noisy, theirs):
+    """A row's pictures, uint8 (N, H, W, 3), and each one's mean steps; theirs: {method: picture} of each."""
+    no_steps = np.full(len(clean), np.nan)
     if method.kind == "other":
-        return theirs[method.name], np.nan
+        return np.stack([of_one[method.name] for of_one in theirs]), no_steps
     if method.steps is None:
-        return clean if method.kind == "truth" else to_8_bit(noisy), np.nan
-    parts = model.denoise(noisy, method.steps, args.seed, method.detail, parts=True)
-    return to_8_bit(parts.image), parts.steps.mean()
+        return clean if method.kind == "truth" else to_8_bit(noisy), no_steps
+    parts = model.denoise(noisy, method.steps, args.seed, method.detail, parts="steps")
+    return to_8_bit(parts.image), parts.steps.mean(axis=(1, 2))
 
 
 def score(args, model, some, every, sigmas):
@@ -141,29 +142,30 @@ def score(args, model, some, every, sigmas):
         files = {name: scoring.output_files(scoring.sigma_folder(path, sigma, sigmas), some, every)
                  for name, path in outputs.items()}
         results = {method: [] for method in [*own, *(Method(name, "other") for name in files)]}
-        for n, item in enumerate(some):
+        inputs = scoring.stacks(some, model.batch, sigma, args.centre_crop, args.clip_noisy)
+        for items, clean, noisy in inputs:
             if sys.stderr.isatty():
-                print(f"sigma {sigma}: {n + 1}/{len(some)}\033[K\r", end="", file=sys.stderr, flush=True)
-            clean, noisy = scoring.inputs(item, sigma, args.centre_crop, args.clip_noisy)
-            theirs = scoring.outputs(files, item, args.centre_crop)
+                print(f"sigma {sigma}: {items[0].name}\033[K\r", end="", file=sys.stderr, flush=True)
+            theirs = [scoring.outputs(files, item, args.centre_crop) for item in items]
             for method, values in results.items():
-                image, taken = picture(method, args, model, clean, noisy, theirs)
-                values.append([*scoring.measure(lpips, image, clean, args.metric_patches), taken])
-                if np.isnan(values[-1][COLUMNS.index("NIQE")]):
-                    without_niqe[item.name] = None
-                if args.save:
-                    path = scoring.sigma_folder(args.save / method.name, sigma, sigmas)
-                    make_folder(path)
-                    write_picture(path / f"{Path(item.name).stem}.png", image)
-        rows += [Row(sigma, method, *mean(values)) for method, values in results.items()]
+                made = pictures(method, args, model, clean, noisy, theirs)
+                for item, y, image, taken in zip(items, clean, *made):
+                    values.append([*scoring.measure(lpips, image, y, args.metric_patches), taken])
+                    if np.isnan(values[-1][COLUMNS.index("NIQE")]):
+                        without_niqe[item.name] = None
+                    if args.save:
+                        path = scoring.sigma_folder(args.save / method.name, sigma, sigmas)
+                        make_folder(path)
+                        write_picture(path / f"{Path(item.name).stem}.png", image)
+        rows += [Row(sigma, method, *scoring.mean(values)) for method, values in results.items()]
         fixed = np.array([values for method, values in results.items() if method.kind in ("r", "fixed")])
         if lpips and len(args.detail) == 1 and len(fixed) > 2:  # (counts, pictures, columns)
             best = fixed[fixed[..., 0].argmin(axis=0), np.arange(len(some))]
-            rows.append(Row(sigma, Method(BEST, "best"), *mean(best)))
+            rows.append(Row(sigma, Method(BEST, "best"), *scoring.mean(best)))
     last = rows[-len(rows) // len(sigmas):]
     if len(sigmas) > 1:
-        last = [Row("mean", row.method, *mean([of_one[2:] for of_one in rows if of_one.method == row.method]))
-                for row in last]
+        last = [Row("mean", row.method, *scoring.mean([of_one[2:] for of_one in rows
+                                                       if of_one.method == row.method])) for row in last]
         rows += last
     print(protocol(args, model, some, sigmas), end="\n\n")
     print("| sigma | method | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (2 + len(COLUMNS)))
@@ -188,12 +190,6 @@ def score(args, model, some, every, sigmas):
         write_picture(args.plot, np.asarray(figures.perception_distortion(shown, title)))
 
 
-def mean(values):
-    """Means over pictures (N, columns), of those that have a value: NIQE has none for a flat picture."""
-    values = np.array(values, float)
-    return [column[~np.isnan(column)].mean() if not np.isnan(column).all() else np.nan for column in values.T]
-
-
 def draw(args, model, some, every, sigmas):
     """The paper's Figs. 3 to 6 for some pictures with the first sigma, into --figures."""
     lpips = metrics.LPIPS(args.lpips_backbone)
@@ -205,9 +201,10 @@ def draw(args, model, some, every, sigmas):
     over_steps, crops_of = [], []
     for item in some:
         clean, noisy = scoring.inputs(item, sigmas[0], args.centre_crop, args.clip_noisy)
-        theirs = scoring.outputs(outputs, item, args.centre_crop)
+        theirs = [scoring.outputs(outputs, item, args.centre_crop)]
         over_steps.append(figures.steps_row(model, lpips, clean, noisy, args.seed))
-        named = {method.name: picture(method, args, model, clean, noisy, theirs)[0] for method in own}
+        named = {method.name: pictures(method, args, model, clean[None], noisy[None], theirs)[0][0]
+                 for method in own}
         crops_of.append(figures.crops_row(named, clean))
         if item is some[0]:
             rows = figures.residual_rows(model, clean, noisy, args.seed)

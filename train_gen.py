@@ -52,7 +52,8 @@ def parse(argv):
     group.add_argument("--target", choices=["residual", "clean"], default="residual",
                        help="clean: Table 4's generative part only, r is the constant 0.5")
     group.add_argument("--residual-scale", type=number(float, 1e-3),
-                       help="g learns (y - r(x)) times this (default: 1 / std(y - r(x)); the paper: 1)")
+                       help="g learns (y - r(x)) times this (default: 1 / std(y - r(x)), or that of --init; "
+                            "the paper: 1)")
     group.add_argument("--finish", action="store_true",
                        help="in place of Eq. 5: LPIPS of what the sampler makes, for a g that Eq. 5 has "
                             "trained (--init); not in the paper")
@@ -168,11 +169,11 @@ def estimate(args, r, x):
 
 
 def measured_scale(args, run, r, stream):
-    """1 / std(y - r(x)) over training crops, for data of about unit variance; read back on resume."""
+    """1 / std(y - r(x)) over training crops, for data of about unit variance, or the scale of --init's g."""
     if args.scheme != "two-stage":
         return 1.0  # r is untrained: there is no residual to measure yet
-    if run.iteration > 0:
-        return folder.load_gen(args.model / "gen.pt")[1].residual_scale
+    if run.iteration > 0 or args.init:
+        return folder.load_gen(args.model / "gen.pt" if run.iteration else args.init)[1].residual_scale
     count, total, squares = 0, 0.0, 0.0
     with torch.no_grad(), autocast(run.device, args.precision):
         for batch in stream(0, SCALE_BATCHES):

@@ -20,7 +20,7 @@ DIVERGED = 100  # limit of |d_0| in [0, 1] units: even a g that is hardly traine
 class Parts(NamedTuple):
     """What denoise returns with parts: the picture, its two parts (not with parts="steps"), the steps."""
 
-    image: np.ndarray            # (H, W, 3), r(x) + residual
+    image: np.ndarray            # (H, W, 3), r(x) + residual; of a stack (N, H, W, 3), and so the others
     recon: np.ndarray | None     # (H, W, 3), r(x)
     residual: np.ndarray | None  # (H, W, 3) float16, what g added, in [0, 1] units, signed
     steps: np.ndarray            # (rows, columns) int, inverse steps of each 256-pixel patch
@@ -87,13 +87,13 @@ class RnG:
 
     @torch.inference_mode()
     def denoise(self, image, steps="auto", seed=0, detail=1.0, progress=None, parts=False):
-        """Algorithm 1 on an image of any size.
+        """Algorithm 1 on an image of any size, or on several at once.
 
-        image: numpy (H, W, 3), RGB, uint8, uint16 or float32 in [0, 1] (noise may leave that range).
+        image: numpy (H, W, 3), RGB, uint8, uint16 or float32 in [0, 1] (noise may leave that range); or a
+        stack of them, (N, H, W, 3), each of which comes out as alone: a GPU wants many small ones together.
         Stretch a 16-bit image that uses a small part of its range before, as denoise.py does.
         steps: "auto" asks s for each patch, N takes N steps everywhere, 0 gives r(x).
-        seed: of the generated detail. detail: scales d_0 beyond the schedule's own scale, 0 (r alone) to 2;
-        the user's dial along the perception-distortion curve.
+        seed: of the generated detail. detail: 0 (r alone) to 2 times d_0, beyond the schedule's own scale.
         progress: called with the share of the work done, 0 to 1.
 
         Returns the picture, shape and dtype of `image`, in range. parts=True returns Parts, parts="steps"
@@ -101,11 +101,14 @@ class RnG:
         denoised lying on their side. TypeError, ValueError: impossible arguments. InputError: g has diverged.
         """
         check(image, steps, seed, detail)
-        if image.shape[1] > WIDEST >= image.shape[0]:
-            turned = self.denoise(image.transpose(1, 0, 2), steps, seed, detail, progress, parts)
+        if image.ndim == 3:
+            of_one = self.denoise(image[None], steps, seed, detail, progress, parts)
+            return Parts(*(part if part is None else part[0] for part in of_one)) if parts else of_one[0]
+        if image.shape[2] > WIDEST >= image.shape[1]:
+            turned = self.denoise(image.swapaxes(1, 2), steps, seed, detail, progress, parts)
             if not parts:
-                return turned.swapaxes(0, 1)
-            return Parts(*(part if part is None else part.swapaxes(0, 1) for part in turned))
+                return turned.swapaxes(1, 2)
+            return Parts(*(part if part is None else part.swapaxes(1, 2) for part in turned))
         canvas = Canvas(image, parts is True)
         step_map = self.step_map(image, steps if detail else 0)
         details = detail * np.vectorize(self.schedules.detail, otypes=[float])(step_map)
@@ -119,20 +122,19 @@ class RnG:
             y_r = tell(self.reconstruct(x))                                                     # line 1
             d_0 = torch.zeros_like(x)
             if T:                                                                               # lines 2 to 5
-                noise = tiling.NoiseField([(seed, *place) for place in places], *x.shape[2:], self.device)
+                noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
                 d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
                 d_0 = d_0 / self.settings.residual_scale
                 if not d_0.abs().max() < DIVERGED:  # NaN too
-                    raise InputError(f"g has diverged in {T} steps; take r alone with --steps 0, or search "
-                                     "the schedule again")
-            fade = np.stack([tiling.fade(details, *place, *x.shape[2:]) for place in places])
+                    raise InputError(f"g has diverged in {T} steps; give --steps 0 or search a new schedule")
+            fade = np.stack([tiling.fade(details[n], *place, *x.shape[2:]) for n, *place in places])
             d_0 = torch.from_numpy(fade)[:, None].to(self.device) * d_0
             canvas.add(places, torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu())                   # line 6
         return Parts(canvas.image, canvas.recon, canvas.residual, step_map) if parts else canvas.image
 
     def step_map(self, image, steps):
-        """The inverse steps of each patch, int (rows, columns): `steps`, or what s says for "auto"."""
-        grid = tiling.count(image.shape[0]), tiling.count(image.shape[1])
+        """The inverse steps of each patch, int (N, rows, columns): `steps`, or what s says for "auto"."""
+        grid = len(image), tiling.count(image.shape[1]), tiling.count(image.shape[2])
         if steps != "auto":
             return np.full(grid, steps)
         step_map = np.zeros(grid, int)
@@ -143,13 +145,14 @@ class RnG:
     def groups(self, image, step_map):
         """Yields (T, places, x) for the patches with the same step count and shape, x (N, 3, h, w) in [0, 1].
 
-        They come from the top downwards, out of one row of the grid, or of as many as fill a batch.
+        places: (n, row, column). They come from the top of the first picture downwards, out of one row of the
+        grid, or of as many as fill a batch.
         """
-        rows, cols = step_map.shape
-        together = max(1, self.batch // cols)
-        for first in range(0, rows, together):
-            patches = {(row, col): patch for row in range(first, min(first + together, rows))
-                       for col, patch in enumerate(patches_of_row(image, row))}
+        rows = [(n, row) for n in range(len(image)) for row in range(step_map.shape[1])]
+        together = max(1, self.batch // step_map.shape[2])
+        for first in range(0, len(rows), together):
+            patches = {(n, row, col): patch for n, row in rows[first:first + together]
+                       for col, patch in enumerate(patches_of_row(image[n], row))}
             kind = {place: (int(step_map[place]), patch.shape) for place, patch in patches.items()}
             for T, shape in dict.fromkeys(kind.values()):
                 places = [place for place in patches if kind[place] == (T, shape)]
@@ -174,37 +177,37 @@ class RnG:
 
 
 class Canvas:
-    """The picture, stitched from the top while its patches arrive, so that it is never in float as a whole.
+    """The pictures, stitched from the top while patches arrive, so that none is ever in float as a whole.
 
-    image: what is denoised; with parts r(x) and the residual are kept too.
+    image: what is denoised, (N, H, W, 3); with parts r(x) and the residual are kept too.
     """
 
     def __init__(self, image, parts):
         self.image = np.empty_like(image)
         self.recon = np.empty_like(image) if parts else None
         self.residual = np.empty(image.shape, np.float16) if parts else None
-        height, self.width = image.shape[:2]
-        self.rows, self.cols = tiling.count(height), tiling.count(self.width)
-        self.waiting, self.row, self.top, self.seam = {}, 0, 0, tiling.Seam(-2)
+        self.rows, self.cols = (tiling.count(side) for side in image.shape[1:3])
+        self.waiting, self.n, self.row, self.top, self.seam = {}, 0, 0, 0, tiling.Seam(-2)
 
     def add(self, places, patches):
-        """patches: (N, 9, h, w): y, r(x) and what g added, at these places (row, column) of the grid."""
+        """patches: (N, 9, h, w): y, r(x) and what g added, at these places (n, row, column)."""
         self.waiting |= zip(places, patches)
-        while all((self.row, col) in self.waiting for col in range(self.cols)):
-            row = [self.waiting.pop((self.row, col)) for col in range(self.cols)]
-            self._write(self.seam.add(tiling.join(row, -1)[..., :self.width]))
+        while all((self.n, self.row, col) in self.waiting for col in range(self.cols)):
+            row = [self.waiting.pop((self.n, self.row, col)) for col in range(self.cols)]
+            self._write(self.seam.add(tiling.join(row, -1)[..., :self.image.shape[2]]))
             self.row += 1
             if self.row == self.rows:
                 self._write(self.seam.tail)
+                self.n, self.row, self.top, self.seam = self.n + 1, 0, 0, tiling.Seam(-2)
 
     def _write(self, band):
         """The next pixels, (9, h, width); what reflection added below the picture is left out."""
-        here = slice(self.top, min(self.top + band.shape[1], len(self.image)))
-        band = band[:, :here.stop - self.top].permute(1, 2, 0).numpy()  # (h, width, 9)
-        self.image[here] = to_pixels(band[..., :3], self.image.dtype)
+        stop = min(self.top + band.shape[1], self.image.shape[1])
+        here, band = (self.n, slice(self.top, stop)), band[:, :stop - self.top].permute(1, 2, 0).numpy()
+        self.image[here] = to_pixels(band[..., :3], self.image.dtype)  # band: (h, width, 9)
         if self.recon is not None:
             self.recon[here], self.residual[here] = to_pixels(band[..., 3:6], self.image.dtype), band[..., 6:]
-        self.top = here.stop
+        self.top = stop
 
 
 def evaluations(progress, step_map):
@@ -226,8 +229,9 @@ def check(image, steps, seed, detail):
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image must be a numpy array (H, W, 3), not {type(image).__name__}; read files with "
                         "rng.support.images.read_picture, turn others with numpy.asarray")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in PEAK:
-        raise ValueError(f"image must be (H, W, 3) uint8, uint16 or float32, not {image.shape} {image.dtype}")
+    if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape or image.dtype not in PEAK:
+        raise ValueError("image must be (H, W, 3) or (N, H, W, 3), uint8, uint16 or float32, not "
+                         f"{image.shape} {image.dtype}")
     if image.dtype == np.float32 and not (FLOATS[0] <= image.min() and image.max() <= FLOATS[1]):  # NaN too
         raise ValueError("a float32 image must be finite and in [0, 1] but for noise; divide it by its white")
     whole = int, np.integer

@@ -59,6 +59,28 @@ def inputs(item, sigma, centre_crop=None, clip_noisy=False):
     return clean, noisy
 
 
+def stacks(items, batch, sigma, centre_crop=None, clip_noisy=False):
+    """Yields (items, clean, noisy) for neighbours of one size, as many as fill a batch of 256-pixel patches.
+
+    clean, noisy: (N, H, W, 3), see inputs.
+    """
+    stack = []
+    for item in items:
+        clean, noisy = inputs(item, sigma, centre_crop, clip_noisy)
+        patches = tiling.count(clean.shape[0]) * tiling.count(clean.shape[1])
+        if stack and (clean.shape != stack[0][1].shape or patches * (len(stack) + 1) > batch):
+            yield together(stack)
+            stack = []
+        stack.append((item, clean, noisy))
+    yield together(stack)
+
+
+def together(stack):
+    """[(item, clean, noisy), ...] -> (items, clean, noisy), pictures of one size stacked."""
+    some, clean, noisy = zip(*stack)
+    return some, np.stack(clean), np.stack(noisy)
+
+
 def sigma_folder(folder, sigma, sigmas):
     """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... for several sigmas."""
     return folder / f"{sigma:g}" if len(sigmas) > 1 else folder
@@ -142,3 +164,9 @@ def measure(lpips, image, clean, patches=False):
         return [lpips(x, y).mean().item() if lpips else np.nan,
                 metrics.niqe(x).mean().item() if blocks > 1 else np.nan,  # it compares at least two blocks
                 metrics.psnr(x, y).mean().item(), metrics.ssim(x, y).mean().item()]
+
+
+def mean(values):
+    """Means over pictures (N, columns), of those that have a value: NIQE has none for a flat picture."""
+    values = np.array(values, float)
+    return [column[~np.isnan(column)].mean() if not np.isnan(column).all() else np.nan for column in values.T]

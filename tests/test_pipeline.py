@@ -81,7 +81,7 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
         y_r = torch.full_like(x, 0.5) if model.settings.target == "clean" else model.recon(x)     # line 1
         d = noise(0)
         cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], 1)}[model.settings.condition]
-        end = FOUND.ends.get(T, min(0.5, 10 / max(T, 1)))
+        end = FOUND.ends.get(T, min(0.5, 20 / max(T, 1)))
         alpha = 1 - (np.linspace(1e-6, end, T) if T > 1 else np.array([end]))
         for t in range(T, 0, -1):                                                                 # line 2
             alpha_t, gamma_t = alpha[t - 1], math.prod(alpha[:t])                                 # line 3
@@ -108,6 +108,19 @@ def test_denoise_is_algorithm_1(settings, size, dtype, steps, detail, seed):
     assert out.min() >= 0 and out.max() <= peak and (np.abs(residual).max() > 0.02) == (steps != 0)
     assert step_map.ravel().tolist() == counts and sum(map(len, calls)) == 2 * sum(counts)  # each made half
     assert steps != "auto" or counts == [0, 1, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_picture_of_a_stack_comes_out_as_alone(seed):
+    generator = np.random.default_rng(seed)
+    size = (int(generator.integers(1, 40)), int(generator.integers(1, 500)))[::generator.choice([-1, 1])]
+    stack = np.stack([np.roll(random_image(*size), n, axis=0) * np.float32(1 - 0.2 * n) for n in range(4)])
+    model, options = tiny_model(batch=int(generator.integers(1, 9))), ("auto", seed, 1.5)
+    out = model.denoise(stack, *options, parts=True)
+    for n, image in enumerate(stack):
+        for of_stack, of_one in zip(out, model.denoise(image, *options, parts=True)):
+            np.testing.assert_allclose(of_stack[n], of_one, atol=1e-3 if of_one.dtype == np.float16 else 1e-5)
+    assert np.array_equal(model.denoise(stack, *options), out.image)
 
 
 @pytest.mark.parametrize("eps_hat", [float("nan"), float("inf"), -1e4])
@@ -201,7 +214,8 @@ def test_missing_networks_are_named():
 
 
 @pytest.mark.parametrize("image, options", [
-    *((np.zeros(shape, np.uint8), {}) for shape in ((4, 4), (4, 4, 1), (0, 4, 3), (4, 0, 3), (1, 4, 4, 3))),
+    *((np.zeros(shape, np.uint8), {})
+      for shape in ((4, 4), (4, 4, 1), (0, 4, 3), (4, 0, 3), (0, 4, 4, 3), (1, 1, 4, 4, 3))),
     *((PICTURE.astype(dtype), {}) for dtype in (np.float64, np.int32, bool)), (PICTURE * 255, {}),
     *((PICTURE + np.float32(offset), {}) for offset in (math.nan, math.inf, 200, -200)),
     *((PICTURE, {"steps": steps}) for steps in (-1, "fast", True, 1.5, None, np.float64(3))),
@@ -217,7 +231,7 @@ def save_model(folder, *settings):
     """Writes a tiny model folder; the model, rounded to float16 as the files are, comes back."""
     (recon, gen), s = tiny_networks(*settings[:1]), StepController(4)
     s(torch.rand(2, 3, 16, 16))  # in training mode: the statistics move
-    settings, found = GenSettings(*settings, residual_scale=8.0), FOUND._replace(variance="posterior")
+    settings, found = GenSettings(*settings, residual_scale=500.0), FOUND._replace(variance="posterior")
     (folder / "schedule.json").write_text(json.dumps(dict(zip(("end", "detail", "variance"), found))))
     for kind, network, config in (("recon", recon, recon.config), ("controller", s, s.config),
                                   ("gen", gen, {"unet": gen.config, **settings._asdict()})):

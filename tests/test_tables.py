@@ -34,7 +34,7 @@ def world(tmp_path_factory):
     (folder / "model").mkdir()
     recon, gen, s = NAFNet(4, (1,), 1, (1,)), UNet(4, (1, 2), 1), StepController(4)
     nn.init.normal_(gen.ending.weight, std=0.05)
-    configs = recon.config, {"unet": gen.config, **GenSettings(residual_scale=10.0)._asdict()}, s.config
+    configs = recon.config, {"unet": gen.config, **GenSettings(residual_scale=300.0)._asdict()}, s.config
     for kind, net, config in zip(("recon", "gen", "controller"), (recon, gen, s), (configs)):
         checkpoint.save_weights(folder / "model" / f"{kind}.pt", kind, config, net, {})
     for n in range(2):
@@ -190,7 +190,7 @@ def test_every_d_0_of_fig_5_has_the_scale_of_the_sum(detail, seed, world, monkey
     """At t = 1 Eq. 3 is the estimate, so that the last one, amplified, is what the sum adds to r(x)."""
     monkeypatch.setattr(figures, "shown", lambda y, text: (text, y))
     model = RnG.load(world / "model", "cpu", "float32")
-    model.schedules = Schedules(details={3: detail})
+    model.schedules, model.settings = Schedules(details={3: detail}), GenSettings(residual_scale=10.0)
     pair = scoring.inputs(Item("p0", world / "pictures" / "p0.png"), 25, 48)
     first, second = figures.residual_rows(model, *pair, seed, 3, (3, 1))
     shown = dict([*first, *second[:-1]])
