@@ -57,8 +57,8 @@ def main(argv=None):
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
     sets, _ = data.training_sets(args.data, args.root)
     weights = data.weights_of(args) / data.weights_of(args).sum()
-    options = fingerprint([args.data, weights.tolist(), args.noise, args.sigma, args.camera, args.clip_noisy, args.size,
-                           counts, args.seed])
+    options = fingerprint([args.data, weights.tolist(), args.noise, args.sigma, args.camera, args.clip_noisy,
+                           args.size, counts, args.seed])
     model_folder = folder.find(args.model)
     path = model_folder / (f"step_labels.{rank()}.jsonl" if rank() else "step_labels.jsonl")
     found = search.read_labels(model_folder)

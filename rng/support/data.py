@@ -180,8 +180,7 @@ def add_arguments(parser):
     add = group.add_argument
     add("--weight", nargs="+", type=number(float, 0), help="share of each data set (default: equal)")
     add("--noise", choices=["gaussian", "wide"], default="gaussian",
-        help="gaussian: as --sigma, --camera and --clip-noisy say (default); wide: of every kind "
-             "(rng/support/noise.py)")
+        help="gaussian: as the next three say (default); wide: of every kind (rng/support/noise.py)")
     add("--sigma", nargs="+", type=sigma_range, default=[(20.0, 20.0), (35.0, 35.0), (50.0, 50.0)],
         metavar="S", help="std of the Gaussian noise, 0-255 scale: values, or ranges such as 0-55 "
                           "(default: 20 35 50)")
@@ -232,8 +231,7 @@ def _train_and_validation(name, root, validation):
     for item in train:
         groups.setdefault(item.name.split("_")[1] if name == "sidd" else item.name, []).append(item)
     if name == "sidd":
-        _note(f"no validation blocks in {_root(name, root)}; whole scenes of the training pictures are "
-              "held out")
+        _note(f"no validation blocks in {_root(name, root)}; whole scenes of training are held out")
     n = -(-validation * len(groups) // len(train))  # if over half of a small set, a quarter is held out
     held_out = evenly(list(groups), n if n <= len(groups) // 2 else max(1, len(groups) // 4))
     rest = [item for group, some in groups.items() if group not in held_out for item in some]
