@@ -70,7 +70,7 @@ class Knows(nn.Module):
 def test_ddim_returns_what_a_perfect_network_knows(steps, seed):
     generator = np.random.default_rng(seed)
     d_0 = torch.from_numpy(generator.standard_normal((1, 3, 64, 64)))
-    settings = GenSettings(residual_scale=2000.0)
+    settings = GenSettings(residual_scale=20.0)
     model = DDIM(nn.Identity(), Knows(d_0), settings, device="cpu", precision="float32")
     image = generator.uniform(0.3, 0.7, (64, 64, 3)).astype(np.float32)
     expected = image + d_0[0].permute(1, 2, 0).numpy() / 20
@@ -99,7 +99,8 @@ def test_expectation_between_0_and_100_is_50():
     s = Expectation(4).eval()
     nn.init.zeros_(s.fc.weight)
     s.fc.bias.data = torch.tensor([20.0] + [0.0] * 9 + [20.0])
-    model = RnG(nn.Identity(), UNet(4, blocks=1), controller=s, device="cpu")
+    g, settings = UNet(4, blocks=1), GenSettings(residual_scale=1000.0)  # an untrained g makes large d_0
+    model = RnG(nn.Identity(), g, settings, s, device="cpu")
     assert StepController.predict_steps(s, torch.rand(1, 3, 32, 32)).tolist() == [0]
     parts = model.denoise(np.random.default_rng(0).random((64, 64, 3), np.float32), parts=True)
     assert parts.steps.tolist() == [[50]] and ddpm.default_end(50) == 0.4
