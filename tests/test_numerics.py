@@ -88,7 +88,7 @@ def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
 
 SEEN_BY = [  # the shipped model learned from colour photographs with white noise alone
     pytest.param("default", marks=pytest.mark.xfail(strict=True, reason="was trained on one kind of noise")),
-    "wide",
+    "paper",
 ]
 
 
