@@ -2,7 +2,7 @@
 
     python denoise.py noisy.jpg clean.png
     python denoise.py photos denoised --steps 20 --detail 0.5
-    python denoise.py noisy.jpg clean.png --save-parts parts
+    python denoise.py noisy.jpg clean.png --save-parts parts --compare crops.png
 
 PNG, JPEG, TIFF and WebP; the extension of OUT names the format. Grey, alpha, 16 bits, EXIF data and colour
 profile stay where that format can hold them; what it cannot hold is said in a note.
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rng import figures
 from rng.pipeline import RnG
 from rng.support import device
 from rng.support.data import left_out, pictures_in
 from rng.support.errors import InputError, Parser, make_folder, number, script
-from rng.support.images import EXTENSIONS, check_writable, read_picture, write_picture
+from rng.support.images import EXTENSIONS, check_writable, read_picture, to_8_bit, write_picture
 from rng.tiling import OVERLAP, STRIDE
 
 
@@ -49,17 +50,21 @@ def parse(argv):
     add("--batch", type=number(int, 1), help="patches per network call (default: a constant per device)")
     add("--overwrite", action="store_true", help="allow OUT to be IN itself")
     add("--resume", action="store_true", help="leave out pictures whose result is there already")
+    add("--compare", type=Path, metavar="FILE",
+        help="also write noisy, r and RnG side by side, enlarged where g adds most; for one picture")
     add("--save-parts", type=Path, metavar="DIR",
         help="also write NAME_recon.png, NAME_residual.png (0.5 + 4 x residual), NAME_steps.png (black 0, "
              "white 100 steps)")
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         raise InputError("--resume leaves results alone and --overwrite replaces inputs; give one of them")
+    if args.compare and args.input.is_dir():
+        raise InputError("--compare is for one picture; name one")
     return args
 
 
-def plan(source, out, parts_folder, overwrite):
-    """[(picture, its result, the three files of its parts or [])]; refuses what would write over an input."""
+def plan(source, out, parts_folder, compare, overwrite):
+    """[(picture, its result, files of --save-parts and --compare)]; refuses to write over an input."""
     if not os.path.exists(source):
         raise InputError(f"{source} does not exist; name a picture, or a folder of pictures")
     is_folder = source.is_dir()
@@ -76,6 +81,7 @@ def plan(source, out, parts_folder, overwrite):
         name = path.stem if stems[path.stem] == 1 else path.name
         parts = [parts_folder / f"{name}_{part}.png"
                  for part in ("recon", "residual", "steps")] if parts_folder else []
+        parts += [compare] if compare else []
         jobs.append((path, out / path.name if is_folder else out, parts))
 
     written = [target for _, result, parts in jobs for target in (result, *parts)]
@@ -85,7 +91,8 @@ def plan(source, out, parts_folder, overwrite):
             raise InputError(f"{target} is an input as well; give --overwrite to replace it, or name "
                              "another OUT")
     if len({os.path.realpath(target) for target in written}) < len(written):
-        raise InputError("results and parts would replace each other; give --save-parts a folder of its own")
+        raise InputError("results and parts would replace each other; give --save-parts a folder of its own, "
+                         "and --compare a file")
     return jobs
 
 
@@ -163,11 +170,15 @@ def denoise(model, source, target, part_files, args):
                            parts=bool(part_files) or "steps")
     notes += write_picture(target, undo(result.image), picture)
     height, width = picture.pixels.shape[:2]
-    if part_files:
-        recon, residual, steps = part_files
+    if args.save_parts:
+        recon, residual, steps = part_files[:3]
         write_picture(recon, undo(result.recon), picture)
         write_picture(residual, residual_picture(result.residual))
         write_picture(steps, steps_picture(result.steps, height, width))
+
+    if args.compare:
+        shown = [to_8_bit(undo(z)) for z in (pixels, result.recon, result.image)]
+        write_picture(part_files[-1], np.asarray(figures.comparison(*shown)))
 
     for note in notes:
         print(f"note: {source.name}: {note}", file=sys.stderr)
@@ -179,7 +190,7 @@ def denoise(model, source, target, part_files, args):
 @script
 def main(argv=None):
     args = parse(argv)
-    jobs = plan(args.input, args.output, args.save_parts, args.overwrite)
+    jobs = plan(args.input, args.output, args.save_parts, args.compare, args.overwrite)
     model = RnG.load(args.model, args.device, args.precision, args.batch)
     failures = []
     for source, target, part_files in jobs:

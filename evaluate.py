@@ -205,7 +205,7 @@ def draw(args, model, some, every, sigmas):
         over_steps.append(figures.steps_row(model, lpips, clean, noisy, args.seed))
         named = {method.name: pictures(method, args, model, clean[None], noisy[None], theirs)[0][0]
                  for method in own}
-        crops_of.append(figures.crops_row(named, clean))
+        crops_of.append(figures.crops_row(lpips, named, clean))
         if item is some[0]:
             rows = figures.residual_rows(model, clean, noisy, args.seed)
             write_picture(args.figures / "fig5.png", np.asarray(charts.grid(rows)))

@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from rng import ddpm, tiling
+from rng import ddpm, metrics, tiling
 from rng.controller import STEPS
 from rng.scoring import centre
-from rng.support.charts import Series, captioned, chart
+from rng.support.charts import Series, captioned, chart, grid
 from rng.support.images import to_8_bit, to_tensor
 
-CROP = 128     # side of the crops of Figs. 4 and 6, shown twice as large
-AMPLIFY = 4    # residuals are shown this many times larger, around grey
+CROP, ZOOM = 96, 3  # side of the crops of Figs. 4 and 6, and how many times larger they are shown
+AMPLIFY = 4       # residuals are shown this many times larger, around grey
 
 
 def perception_distortion(rows, title=""):
@@ -54,15 +54,37 @@ def steps_row(model, lpips, clean, noisy, seed):
     return [*three, shown(y, "ground truth"), curve]
 
 
-def crops_row(named, clean):
-    """A row of Figs. 4 and 6: {name: uint8 (H, W, 3)}, all cropped where "r alone" loses most detail."""
-    error = np.abs(named["r alone"].astype(float) - clean).mean(axis=2).cumsum(0).cumsum(1)
-    error = np.pad(error, ((1, 0), (1, 0)))  # summed-area table
-    side = min(CROP, *clean.shape[:2])
-    sums = error[side:, side:] - error[:-side, side:] - error[side:, :-side] + error[:-side, :-side]
+def busiest(a, b):
+    """The crop, two slices, in which a and b, (H, W, 3), differ most."""
+    difference = np.abs(a.astype(float) - b).mean(axis=2).cumsum(0).cumsum(1)
+    table = np.pad(difference, ((1, 0), (1, 0)))  # summed-area table
+    side = min(CROP, *a.shape[:2])
+    sums = table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
     top, left = np.unravel_index(sums.argmax(), sums.shape)
-    return [captioned(image[top:top + side, left:left + side], name, zoom=2)
-            for name, image in named.items()]
+    return slice(top, top + side), slice(left, left + side)
+
+
+def comparison(noisy, recon, image):
+    """Noisy, r and RnG side by side where g adds most, enlarged -> Image. All uint8 (H, W, 3)."""
+    crop = busiest(recon, image)
+    named = {"noisy": noisy, "r": recon, "RnG": image}
+    return grid([[captioned(picture[crop], name, ZOOM) for name, picture in named.items()]])
+
+
+def crops_row(lpips, named, clean):
+    """A row of Figs. 4 and 6: {name: uint8 (H, W, 3)}, all cropped where "r alone" loses most detail.
+
+    Below each its PSNR and LPIPS in the crop; the truth comes last.
+    """
+    crop = busiest(named["r alone"], clean)
+    crops, row = {name: image[crop] for name, image in named.items()}, []
+    truth = crops.pop("ground truth")
+    y = to_tensor(truth)[None]
+    for name, pixels in crops.items():
+        x = to_tensor(pixels)[None]
+        values = f"{metrics.psnr(x, y).item():.1f} dB, LPIPS {lpips(x, y).item():.3f}"
+        row.append(captioned(pixels, f"{name.removesuffix(' alone')}: {values}", ZOOM))
+    return [*row, captioned(truth, "truth", ZOOM)]
 
 
 def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 1)):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from rng import ddpm, metrics
 
 T, END, VARIANCE = 10, 0.7, "posterior"   # of the sampler that g is finished for
-PERCEPTUAL, ANCHOR, TINT = 10.0, 0.3, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
+FIRST, LAST = 2, 7  # that t: at 1 g changes nothing, above 7 the gradient is up to a hundred times as large
+PERCEPTUAL, ANCHOR, TINT = 10.0, 0.05, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
+HALF = 0.25         # share of LPIPS at half size
 MEAN_FREE = 0.002   # mean of d_0 in a crop and channel, in [0, 1] units, that the guard lets pass
 OFFSET = 16         # pixels: LPIPS sees a window at a random offset below this, see finishing_loss
 
@@ -21,7 +23,7 @@ def finishing_loss(g, lpips, condition, y_r, y, scale, generator):
     g(condition, d_t, gamma) -> eps_hat. condition: (N, C, H, W). y_r = r(x), y: (N, 3, H, W) in [0, 1].
     scale: g's residual scale. generator: numpy's, for t, noise, window. -> scalar, with gradients to g alone.
     """
-    schedule, last = ddpm.linear_schedule(T, END, VARIANCE), int(generator.integers(1, T + 1))
+    schedule, last = ddpm.linear_schedule(T, END, VARIANCE), int(generator.integers(FIRST, LAST + 1))
     normal = torch.Generator().manual_seed(int(generator.integers(2 ** 62)))
     d_t = torch.randn(y.shape, generator=normal).to(y.device)
     for t in range(T, last - 1, -1):
@@ -36,7 +38,7 @@ def finishing_loss(g, lpips, condition, y_r, y, scale, generator):
     pair = [z.nan_to_num().clamp(0, 1)[:, :, top:, left:] for z in (y_r + d_0 / scale, y)]
     perceptual = lpips(*pair).mean()
     if min(pair[0].shape[2:]) >= 2 * metrics.LPIPS_SIZE:
-        perceptual = (perceptual + lpips(*(F.avg_pool2d(z, 2) for z in pair)).mean()) / 2
+        perceptual = torch.lerp(perceptual, lpips(*(F.avg_pool2d(z, 2) for z in pair)).mean(), HALF)
     anchor = (d_0 - scale * (y - y_r)).abs().mean()
     tint = F.relu((d_0 / scale).mean(dim=(2, 3)).abs() - MEAN_FREE).mean()
     return PERCEPTUAL * perceptual + ANCHOR * anchor + TINT * tint

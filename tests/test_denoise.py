@@ -246,6 +246,24 @@ def test_parts():
     assert np.abs(residual - expected).max() <= 1
 
 
+@pytest.mark.parametrize("parts", [[], ["--save-parts", "parts"]])
+def test_comparison(parts):
+    image = save("in.png")
+    assert run("in.png", "out.png", "--compare", "new/crops.png", *parts) == 0
+    crops = read_picture("new/crops.png").pixels[:60]                           # 20 x 20, three times
+    for i, picture in enumerate((image, blur(image), result_of(image))):
+        shown = crops[::3, i * 66:i * 66 + 60:3]
+        assert any(np.array_equal(shown, picture[:, left:left + 20]) for left in range(11))
+
+
+@pytest.mark.parametrize("argv", [["in.png", "in.png"], ["in.png", "out.png"], ["folder", "crops.png"]])
+def test_comparison_replaces_nothing_and_is_of_one_picture(argv, capsys):
+    save("in.png", "folder/in.png")
+    before = files()
+    assert run(argv[0], "out.png" if argv[0] == "in.png" else "out", "--compare", argv[1]) == 2
+    assert re.fullmatch("error: .*\n", capsys.readouterr().err) and files() == before
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (256, 256), (257, 256), (300, 700), (480, 481)])
 def test_step_map(height, width):
     rows, cols = (max(1, -(-(size - 32) // STRIDE)) for size in (height, width))

