@@ -41,8 +41,8 @@ def test_planted_grid_is_caught(seed, period):
     assert strongest_line(white(seed) + 0.2 * grid) > STANDS_OUT
 
 
-RIPPLES = pytest.mark.xfail(strict=True, reason="g, finished, leaves ripples 2.7 pixels long and 0.7 of 255 levels "
-                                                "strong; s says 0 steps for most such fields")
+RIPPLES = pytest.mark.xfail(strict=True, reason="g, finished, leaves ripples 2.7 pixels long, 0.7 of 255 "
+                                                "levels strong; s says 0 steps for most such fields")
 
 
 @pytest.mark.parametrize("name, steps, sigma", [
