@@ -42,8 +42,7 @@ def parse(argv):
     add("--steps", default="auto", metavar="auto|N", type=steps_or_auto,
         help="steps for every patch, 0 to 2000; auto lets the step controller choose (default)")
     add("--detail", type=number(float, 0, 2), default=1.0,
-        help="how much generated detail to add: 0 (reconstruction alone) to 2, in units of the schedule's "
-             "own (default: 1)")
+        help="how much generated detail to add: 0 (reconstruction alone) to 2 (default: 1)")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the generated detail (default: 0)")
     add("--model", default="default", help="model folder, or a model that ships (default: default)")
     device.add_arguments(parser)

@@ -2,6 +2,7 @@
 
     python evaluate.py --model runs/sidd --data sidd
     python evaluate.py --data images --root CBSD68 --sigma 15 25 50 --steps 20 100
+    python evaluate.py --data images --root CBSD68 --noise grain jpeg --steps --save noisy_and_clean
     python evaluate.py --data sidd --outputs restormer=results/restormer ldm=results/ldm --plot plane.png
     python evaluate.py --model runs/sidd --data sidd --split train --limit 16 --search-schedule
 """
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 
 from rng import ddpm, figures, folder, metrics, scoring, search, tiling
-from rng.controller import STEPS
 from rng.pipeline import RnG
 from rng.scoring import COLUMNS, Method, Row
 from rng.support import charts, data, device
 from rng.support.checkpoint import fingerprint
 from rng.support.errors import InputError, Parser, make_folder, number, script, write_text
 from rng.support.images import check_writable, to_8_bit, to_tensor, write_picture
+from rng.support.noise import KINDS
 
 ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # NOISY_ENOUGH: from 0.4 for 10 steps, 0.05 for 100
 BEST = "best of these counts for each picture"  # a row of the table
@@ -37,6 +38,8 @@ def parse(argv):
     add("--centre-crop", type=number(int, 1), help="use only the centre, so many pixels a side")
     add("--sigma", type=number(float, 0, 255), nargs="+",
         help="std of the Gaussian noise, 0-255 scale (default: 20 35 50 for div2k, else 15 25 50)")
+    add("--noise", choices=KINDS, nargs="+",
+        help="instead noise of these kinds of training's wide mix, its strength drawn for each picture")
     add("--clip-noisy", action="store_true", help="clip the noisy input and round it to 8 bit")
     group = parser.add_argument_group("model")
     device.add_arguments(group)
@@ -45,7 +48,7 @@ def parse(argv):
     add("--steps", type=number(int, 0, 2000), nargs="*", default=[20, 100],
         help="fixed step counts to score beside r and RnG (default: 20 100)")
     add("--detail", type=number(float, 0, 2), nargs="+", default=[1.0],
-        help="scales of the generated detail, times the schedule's own, 0 to 2; a row for each (default: 1)")
+        help="scales of the generated detail, 0 to 2; a row for each (default: 1)")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the generated detail (default: 0)")
     add = parser.add_argument_group("results").add_argument
     add("--metric-patches", action="store_true", help="score 256 x 256 patches, as the paper does")
@@ -62,12 +65,6 @@ def parse(argv):
         help="instead of a table find the end point of 1 - alpha for each step count by LPIPS, write "
              "MODEL/schedule.json; on patches of --centre-crop, never on the pictures you test on")
     add("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
-    add("--details", type=number(float, 0, 2), nargs="+", default=[1.0],
-        help="scales of d_0 to search beside them (default: 1; the paper knows no other)")
-    add("--ramp", type=number(float, 0, 2), nargs=2, metavar=("LOW", "HIGH"), help="instead: d_0 times LOW "
-        "after 10 steps, rising to HIGH, so that s chooses how much detail a patch gets; not in the paper")
-    add("--ramp-steps", type=int, choices=STEPS[2:], default=STEPS[-1],
-        help="steps from which it is HIGH (default: 100)")
     add("--variance", choices=ddpm.VARIANCES, default="paper",
         help="of Eq. 3's noise in the search, kept in schedule.json (default: paper, which knows no other)")
     return parser.parse_args(argv)
@@ -83,7 +80,7 @@ def main(argv=None):
         raise InputError("the schedule is searched, and the figures are drawn, with g; train it first")
     every = data.items(args.data, args.root, args.split)
     some = data.evenly(every, args.limit or len(every))
-    sigmas = args.sigma or ([20, 35, 50] if args.data == "div2k" else [15, 25, 50])
+    sigmas = args.noise or args.sigma or ([20, 35, 50] if args.data == "div2k" else [15, 25, 50])
     if some[0].noisy is not None:
         sigmas = [None]
     if args.search_schedule:
@@ -95,11 +92,13 @@ def main(argv=None):
 
 def protocol(args, model, some, sigmas):  # one line that says how the numbers below it were made
     kept = "clipped and 8-bit" if args.clip_noisy else "float, not clipped"
-    noise = "real noise" if sigmas == [None] else f"Gaussian noise, RGB, numpy seed 0 for each image, {kept}"
+    added = f"Gaussian noise, RGB, numpy seed 0 for each image, {kept}"
+    if args.noise or sigmas == [None]:
+        added = "noise drawn by each image's name" if args.noise else "real noise"
     part = f"centre {args.centre_crop} x {args.centre_crop}" if args.centre_crop else "whole images"
     patches = ", scored on 256 x 256 patches" if args.metric_patches else ""
     return (f"Protocol: model {args.model}, precision {args.precision} on {model.device}; {len(some)} "
-            f"pictures of {args.data}, {part}{patches}; {noise}; output rounded to 8 bit; PSNR on RGB, SSIM "
+            f"pictures of {args.data}, {part}{patches}; {added}; output rounded to 8 bit; PSNR on RGB, SSIM "
             f"on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}.")
 
 
@@ -168,7 +167,8 @@ def score(args, model, some, every, sigmas):
                                                        if of_one.method == row.method])) for row in last]
         rows += last
     print(protocol(args, model, some, sigmas), end="\n\n")
-    print("| sigma | method | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (2 + len(COLUMNS)))
+    header = "noise" if args.noise else "sigma", "method", *COLUMNS
+    print(f"| {' | '.join(header)} |\n|" + "---|" * len(header))
     for sigma, method, *values in rows:
         cells = ["-" if np.isnan(value) else f"{value:.{digits}f}"
                  for value, digits in zip(values, (4, 3, 2, 4, 1))]
@@ -182,11 +182,11 @@ def score(args, model, some, every, sigmas):
         print(f"\nThe fixed count nearest to RnG's mean of {chosen[0]:.1f} steps: {nearest:g} steps.")
     table = io.StringIO()
     lines = [(sigma, method.name, *values) for sigma, method, *values in rows]
-    csv.writer(table, lineterminator="\n").writerows([("sigma", "method", *COLUMNS), *lines])
+    csv.writer(table, lineterminator="\n").writerows([header, *lines])
     write_text(args.csv, table.getvalue())
     if args.plot:
         shown = [row for row in last if row.method.kind not in ("noisy", "truth") and np.isfinite(row.psnr)]
-        title = "" if sigmas == [None] else f"sigma {last[0].sigma}"
+        title = "" if sigmas == [None] else f"{'noise' if args.noise else 'sigma'} {last[0].sigma}"
         write_picture(args.plot, np.asarray(figures.perception_distortion(shown, title)))
 
 
@@ -221,21 +221,16 @@ def search_schedule(args, model, some, sigmas):
     if len({clean.shape for clean, _ in pairs}) > 1:
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
     y, x = (torch.stack([to_tensor(pixels) for pixels in some]).to(model.device) for some in zip(*pairs))
-    details = {T: args.details for T in STEPS[1:]}
-    if args.ramp:
-        values = np.interp(STEPS[1:], (STEPS[1], args.ramp_steps), args.ramp).round(3).tolist()
-        details = {T: [value] for T, value in zip(STEPS[1:], values)}
-    print(f"{protocol(args, model, some, sigmas)} LPIPS over {len(x)} patches of {side} pixels, in brackets "
-          "the best detail.", end="\n\n")
+    print(f"{protocol(args, model, some, sigmas)} LPIPS over {len(x)} patches of {side} pixels.", end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " | chosen |\n|"
           + "---|" * (2 + len(args.ends)))
-    of_counts, found = [], folder.Schedules({}, {}, args.variance)
-    for T, tried, chosen, values in search.search_schedule(model, lpips, x, y, args.ends, details,
-                                                           args.variance, args.seed):
+    of_counts, found = [], folder.Schedules({}, args.variance)
+    for T, tried, chosen, values in search.search_schedule(model, lpips, x, y, args.ends, args.variance,
+                                                           args.seed):
         of_counts.append(values)
         if T:
-            found.ends[T], found.details[T] = chosen, tried[chosen][1]
-            cells = ("{:.4f} ({:g})".format(*tried[end]) if end in tried else "-" for end in args.ends)
+            found.ends[T] = chosen
+            cells = (f"{tried[end]:.4f}" if end in tried else "-" for end in args.ends)
             print(f"| {T} | " + " | ".join(cells) + f" | {chosen:g} |", flush=True)
     lowest = torch.stack(of_counts).amin(dim=0)
     print(f"\nr alone: {of_counts[0].mean():.4f}; the best count of each patch: {lowest.mean():.4f}")

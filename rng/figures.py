@@ -43,7 +43,7 @@ def steps_row(model, lpips, clean, noisy, seed):
     """A row of Fig. 3: the centre patch after 0, best and 100 steps, the truth, -LPIPS over all counts."""
     x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
     noise, y_r = tiling.NoiseField([(seed, 0, 0)], *x.shape[2:], model.device), model.reconstruct(x)
-    candidates = torch.cat([y_r + model.schedules.detail(T) * model.generate(x, y_r, T, noise)
+    candidates = torch.cat([y_r + model.generate(x, y_r, T, noise)
                             for T in STEPS]).clamp(0, 1)
     with torch.no_grad():
         scores = -lpips(candidates.cpu(), y.cpu().expand_as(candidates))
@@ -88,13 +88,10 @@ def crops_row(lpips, named, clean):
 
 
 def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 1)):
-    """Fig. 5 for the centre patch: g's d_0 at several t of one run, the sum, the spectra of the residuals.
-
-    Every d_0 is scaled by the schedule's detail, as in the sum.
-    """
+    """Fig. 5 for the centre patch: g's d_0 at several t of one run, the sum, the spectra of the residuals."""
     x, y = to_patch(noisy, model.device), to_patch(clean, model.device)
     y_r = model.reconstruct(x)
-    scale, estimates = model.schedules.detail(steps) / model.settings.residual_scale, []
+    scale, estimates = 1 / model.settings.residual_scale, []
 
     def g(condition, d_t, gamma):
         eps_hat = model.g(condition, d_t, gamma)

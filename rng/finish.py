@@ -11,8 +11,9 @@ from rng import ddpm, metrics
 
 T, END, VARIANCE = 10, 0.7, "posterior"   # of the sampler that g is finished for
 FIRST, LAST = 2, 7  # that t: at 1 g changes nothing, above 7 the gradient is up to a hundred times as large
-PERCEPTUAL, ANCHOR, TINT = 10.0, 0.05, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
+PERCEPTUAL, ANCHOR, TINT = 1.0, 0.05, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
 HALF = 0.25         # share of LPIPS at half size
+FLOOR = 0.05        # LPIPS counts as a share of r's plus this: grain on a smooth crop as much as lost texture
 MEAN_FREE = 0.002   # mean of d_0 in a crop and channel, in [0, 1] units, that the guard lets pass
 OFFSET = 16         # pixels: LPIPS sees a window at a random offset below this, see finishing_loss
 
@@ -35,10 +36,13 @@ def finishing_loss(g, lpips, condition, y_r, y, scale, generator):
     d_0 = ddpm.estimate(d_t, eps_hat, gamma_t)  # (N, 3, H, W), scaled
 
     top, left = generator.integers(OFFSET, size=2)
-    pair = [z.nan_to_num().clamp(0, 1)[:, :, top:, left:] for z in (y_r + d_0 / scale, y)]
-    perceptual = lpips(*pair).mean()
-    if min(pair[0].shape[2:]) >= 2 * metrics.LPIPS_SIZE:
-        perceptual = torch.lerp(perceptual, lpips(*(F.avg_pool2d(z, 2) for z in pair)).mean(), HALF)
+    out, smooth, truth = (z.nan_to_num().clamp(0, 1)[:, :, top:, left:] for z in (y_r + d_0 / scale, y_r, y))
+    with torch.no_grad():
+        share = 1 / (lpips(smooth, truth) + FLOOR)                                               # (N,)
+    perceptual = (share * lpips(out, truth)).mean()
+    if min(truth.shape[2:]) >= 2 * metrics.LPIPS_SIZE:
+        half = lpips(F.avg_pool2d(out, 2), F.avg_pool2d(truth, 2))
+        perceptual = torch.lerp(perceptual, (share * half).mean(), HALF)
     anchor = (d_0 - scale * (y - y_r)).abs().mean()
     tint = F.relu((d_0 / scale).mean(dim=(2, 3)).abs() - MEAN_FREE).mean()
     return PERCEPTUAL * perceptual + ANCHOR * anchor + TINT * tint

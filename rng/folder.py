@@ -30,16 +30,11 @@ class Schedules(NamedTuple):
     """What Sec. 3.1's grid search found for each step count T that it tried, with defaults for the others."""
 
     ends: dict = {}                # {T: end point of 1 - alpha}, else ddpm.default_end
-    details: dict = {}             # {T: scale of d_0}, else 1
     variance: str = "paper"        # of Eq. 3's noise, see ddpm.linear_schedule
 
     def of(self, T):
         """The ddpm.Schedule of T steps."""
         return ddpm.linear_schedule(T, self.ends.get(T, ddpm.default_end(T)), self.variance)
-
-    def detail(self, T):
-        """The scale of d_0 after T steps; 0 for r alone."""
-        return self.details.get(T, 1.0) if T else 0.0
 
 
 def find(name_or_folder):
@@ -111,13 +106,12 @@ def load_schedules(folder, gen):
         return Schedules()
     content = read_schedule(folder)
     try:
-        ends, details = ({int(T): float(value) for T, value in part.items()}
-                         for part in (content["end"], content.get("detail", {})))
-        found = Schedules(ends, details, content.get("variance", "paper"))
+        found = Schedules({int(T): float(end) for T, end in content["end"].items()},
+                          content.get("variance", "paper"))
         searched_with = content.get("gen", gen)
-        for T in ends:
+        for T in found.ends:
             found.of(T)  # refuses end points that cannot be
-        possible = all(0 <= detail <= 2 for detail in details.values()) and found.variance in ddpm.VARIANCES
+        possible = content.keys() <= {"gen", "variance", "end"} and found.variance in ddpm.VARIANCES
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         possible = False
     if not possible:
@@ -131,7 +125,7 @@ def load_schedules(folder, gen):
 
 def save_schedules(folder, found, gen):
     """Writes schedule.json, readable by eye: Schedules and the fingerprint of the g that they are for."""
-    content = {"gen": gen, "variance": found.variance, "end": found.ends, "detail": found.details}
+    content = {"gen": gen, "variance": found.variance, "end": found.ends}
     write_text(folder / "schedule.json", json.dumps(content, indent=1) + "\n")
 
 

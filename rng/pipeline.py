@@ -93,7 +93,7 @@ class RnG:
         stack of them, (N, H, W, 3), each of which comes out as alone: a GPU wants many small ones together.
         Stretch a 16-bit image that uses a small part of its range before, as denoise.py does.
         steps: "auto" asks s for each patch, N takes N steps everywhere, 0 gives r(x).
-        seed: of the generated detail. detail: 0 (r alone) to 2 times d_0, beyond the schedule's own scale.
+        seed: of the generated detail. detail: how much of it is added, 0 (r alone) to 2 times d_0.
         progress: called with the share of the work done, 0 to 1.
 
         Returns the picture, shape and dtype of `image`, in range. parts=True returns Parts, parts="steps"
@@ -111,7 +111,6 @@ class RnG:
             return Parts(*(part if part is None else part.swapaxes(1, 2) for part in turned))
         canvas = Canvas(image, parts is True)
         step_map = self.step_map(image, steps if detail else 0)
-        details = detail * np.vectorize(self.schedules.detail, otypes=[float])(step_map)
         tell = evaluations(progress, step_map)
 
         def g(condition, d_t, gamma):
@@ -124,11 +123,9 @@ class RnG:
             if T:                                                                               # lines 2 to 5
                 noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
                 d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
-                d_0 = d_0 / self.settings.residual_scale
+                d_0 = detail * d_0 / self.settings.residual_scale
                 if not d_0.abs().max() < DIVERGED:  # NaN too
                     raise InputError(f"g has diverged in {T} steps; give --steps 0 or search a new schedule")
-            fade = np.stack([tiling.fade(details[n], *place, *x.shape[2:]) for n, *place in places])
-            d_0 = torch.from_numpy(fade)[:, None].to(self.device) * d_0
             canvas.add(places, torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu())                   # line 6
         return Parts(canvas.image, canvas.recon, canvas.residual, step_map) if parts else canvas.image
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from rng import metrics, tiling
-from rng.support.data import noisy_version, pictures_in
+from rng.support.data import pictures_in
 from rng.support.errors import InputError
 from rng.support.images import read_rgb, to_8_bit, to_tensor
+from rng.support.noise import noisy_version, wide_mix
 
 COLUMNS = ("LPIPS", "NIQE", "PSNR", "SSIM", "steps")
 
@@ -26,7 +27,7 @@ class Method(NamedTuple):
 class Row(NamedTuple):
     """A line of the table: the means over all pictures, nan where a metric has no value."""
 
-    sigma: float | str | None     # "mean": over all sigmas; None: real noise
+    sigma: float | str | None     # or a kind of noise; "mean": over all sigmas; None: real noise
     method: Method
     lpips: float
     niqe: float
@@ -44,8 +45,9 @@ def centre(picture, side):
 
 
 def inputs(item, sigma, centre_crop=None, clip_noisy=False):
-    """data.Item -> (clean, noisy): uint8 (H, W, 3), float32 where noise is added; sigma on the 0-255 scale.
+    """data.Item -> (clean, noisy): uint8 (H, W, 3), float32 where noise is added.
 
+    sigma: on the 0-255 scale; or a kind of noise.KINDS, of a strength drawn for each picture (by its name).
     InputError if a picture, or what the crop leaves of it, is too small for LPIPS.
     """
     clean, noisy = (picture if picture is None else centre(picture, centre_crop) for picture in item.read())
@@ -54,7 +56,12 @@ def inputs(item, sigma, centre_crop=None, clip_noisy=False):
                          "give a larger --centre-crop, or leave out pictures under "
                          f"{metrics.LPIPS_SIZE} pixels a side")
     if noisy is None:
-        noisy = noisy_version(clean, sigma)
+        if isinstance(sigma, str):
+            generator = np.random.default_rng([*item.name.encode()])
+            clean, noisy = wide_mix(clean / np.float32(255), generator, sigma)
+            clean = to_8_bit(clean)  # it may have been darkened or made grey
+        else:
+            noisy = noisy_version(clean, sigma)
         noisy = to_8_bit(noisy) if clip_noisy else noisy
     return clean, noisy
 
@@ -82,8 +89,8 @@ def together(stack):
 
 
 def sigma_folder(folder, sigma, sigmas):
-    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/25, ... for several sigmas."""
-    return folder / f"{sigma:g}" if len(sigmas) > 1 else folder
+    """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/grain, ... for several."""
+    return folder / (sigma if isinstance(sigma, str) else f"{sigma:g}") if len(sigmas) > 1 else folder
 
 
 def named_folders(texts, reserved):

@@ -25,14 +25,14 @@ def lpips_of_each(lpips, y_hat, y):
     return torch.cat([lpips(a, b) for a, b in zip(y_hat.clamp(0, 1).split(BATCH), y.split(BATCH))])
 
 
-def search_schedule(model, lpips, x, y, ends, details, variance="paper", seed=0):
-    """Sec. 3.1's "small grid search": end point of 1 - alpha and detail for each of 10, 20, ..., 100 steps.
+def search_schedule(model, lpips, x, y, ends, variance="paper", seed=0):
+    """Sec. 3.1's "small grid search": the end point of 1 - alpha for each of 10, 20, ..., 100 steps.
 
-    model: an RnG with g. x, y: noisy and clean patches (N, 3, H, W) in [0, 1]. ends: the end points to try.
-    details: {steps: details to try}. Where others fit, ends are left out that start noisier than g was
-    trained, which shifts colours, or have gamma_T above 0.1, which leaves grain.
-    Yields (0, {}, None, LPIPS of r alone (N,)), then (steps, {end: (mean LPIPS, best detail)}, chosen end,
-    its LPIPS (N,)) for each step count.
+    model: an RnG with g. x, y: noisy and clean patches (N, 3, H, W) in [0, 1]. ends: the end points to try;
+    where others fit, those are left out that start noisier than g was trained, which shifts colours, or have
+    gamma_T above 0.1, which leaves grain.
+    Yields (0, {}, None, LPIPS of r alone (N,)), then (steps, {end: mean LPIPS}, chosen end, its LPIPS (N,))
+    for each step count.
     """
     trained = ddpm.linear_schedule(ddpm.T_TRAIN, model.settings.train_end).gamma[-1]
     y_r = model.reconstruct(x)
@@ -43,13 +43,10 @@ def search_schedule(model, lpips, x, y, ends, details, variance="paper", seed=0)
         fitting = [end for end in ends if trained <= ddpm.linear_schedule(T, end).gamma[-1] <= NOISY_ENOUGH]
         for end in fitting or [min(ends)]:
             model.schedules = folder.Schedules({T: end}, variance=variance)
-            d_0 = model.generate(x, y_r, T, noise)
-            values = {detail: lpips_of_each(lpips, y_r + detail * d_0, y) for detail in details[T]}
-            means = {detail: v.mean().item() for detail, v in values.items()}
-            detail = min(sorted(means), key=means.get)
-            tried[end] = means[detail], detail
+            values = lpips_of_each(lpips, y_r + model.generate(x, y_r, T, noise), y)
+            tried[end] = values.mean().item()
             if tried[end] == min(tried.values()):
-                best, of_best = end, values[detail]
+                best, of_best = end, values
         yield T, tried, best, of_best
 
 
@@ -81,7 +78,7 @@ def label_patches(model, lpips, x, y, seeds, counts=STEPS):
     noise = tiling.NoiseField([(seed, 0, 0) for seed in seeds], *x.shape[2:], model.device)
     y_r, tried = model.reconstruct(x), {}
     for T in counts:
-        y_hat = y_r + model.schedules.detail(T) * model.generate(x, y_r, T, noise)
+        y_hat = y_r + model.generate(x, y_r, T, noise)
         tried[T] = lpips_of_each(lpips, y_hat, y).tolist()
     return [[round(tried[T][i], 6) if T in tried else None for T in STEPS] for i in range(len(x))]
 

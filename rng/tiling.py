@@ -15,7 +15,6 @@ PATCH, OVERLAP, DROP = 256, 32, 12
 SMALLEST, MULTIPLE = 64, 16  # pixels, sides of the patches at the image's end
 STRIDE = PATCH - OVERLAP
 KEEP, BLEND = STRIDE + DROP, OVERLAP - 2 * DROP  # a patch's first 236 pixels, then 8 that are averaged
-FADE = 48  # pixels from an overlap to where `fade` has reached the patch's own number
 
 
 def count(size):
@@ -65,25 +64,6 @@ def stitch(patches, height, width):
     cols = count(width)
     rows = [join(patches[start:start + cols], -1) for start in range(0, len(patches), cols)]
     return join(rows, -2)[:, :height, :width]
-
-
-def fade(values, row, col, height=PATCH, width=PATCH):
-    """One number per patch, (rows, cols) -> numbers for the pixels of one patch, (height, width) float32.
-
-    The patch's own number; where it overlaps a neighbour the smaller of the two, with a linear way between.
-    """
-    def along(values, place, size):  # the first axis: patches -> pixels
-        if len(values) == 1:
-            return values.repeat(size, 0)
-        middles = STRIDE * np.arange(1, len(values)) + (OVERLAP - 1) / 2
-        knots = middles[:, None] + np.array([-OVERLAP / 2 - FADE, -OVERLAP / 2,
-                                             OVERLAP / 2, OVERLAP / 2 + FADE])
-        smaller = np.minimum(values[:-1], values[1:])
-        heights = np.stack([values[:-1], smaller, smaller, values[1:]], 1).reshape(knots.size, -1)
-        return np.stack([np.interp(STRIDE * place + np.arange(size), knots.ravel(), line)
-                         for line in heights.T], 1)
-
-    return along(along(values, row, height).T, col, width).T.astype(np.float32)
 
 
 @lru_cache(maxsize=128)  # neighbouring patches share cells; 0.6 MB each

@@ -11,6 +11,7 @@ from PIL import Image
 
 from rng.support import data
 from rng.support.errors import InputError, Parser
+from rng.support.noise import noisy_version
 
 MEDIUM, SCENE = "SIDD_Medium_Srgb/Data", "0001_001_S6_00100_00060_3200_L"
 BLOCKS = ("ValidationGtBlocksSrgb", "ValidationNoisyBlocksSrgb")
@@ -270,7 +271,7 @@ def test_bad_options(bad):
 def test_noise_of_the_tests(sigma, size):
     clean, state = picture(0, *size), np.random.get_state()[1].copy()
     clean[:2] = [[[0] * 3], [[255] * 3]]
-    noisy = data.noisy_version(clean, sigma)
+    noisy = noisy_version(clean, sigma)
     assert np.array_equal(np.random.get_state()[1], state)  # the global seed is left alone
     expected = clean / 255 + np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
     assert noisy.dtype == np.float32 and np.array_equal(noisy, expected.astype(np.float32))

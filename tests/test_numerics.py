@@ -16,7 +16,7 @@ from rng import metrics, scoring
 from rng.pipeline import RnG
 from rng.support import data
 from rng.support.images import read_rgb, to_8_bit, to_tensor
-from rng.support.noise import low_light
+from rng.support.noise import low_light, noisy_version
 
 ROOT = Path(__file__).resolve().parents[1]
 CBSD68 = ROOT.parent / "shared" / "data" / "cbsd68"
@@ -53,7 +53,7 @@ def test_output_is_finite_and_in_range(name, precision):
 
 def tint(model, picture, sigma):
     """Mean of the output less r(x), in [0, 1] units, of each channel."""
-    parts = model.denoise(data.noisy_version(picture, sigma), parts=True)
+    parts = model.denoise(noisy_version(picture, sigma), parts=True)
     return (parts.image.astype(np.float64) - parts.recon).mean((0, 1))
 
 
@@ -76,7 +76,7 @@ def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
     monkeypatch.setattr(model, "controller", SimpleNamespace(
         predict_steps=lambda x: torch.full((len(x),), whole if x.shape[2:] == (256, 256) else cut)))
     clean = np.full((300, 300, 3), 140, np.uint8) if flat else textured[:, :300]
-    residuals = np.array([model.denoise(data.noisy_version(clean, 25), seed=seed, parts=True).residual
+    residuals = np.array([model.denoise(noisy_version(clean, 25), seed=seed, parts=True).residual
                           for seed in range(3)], np.float32)
     across = [line - 1 for line in LINES]
     for lines in (residuals, residuals.swapaxes(1, 2)):

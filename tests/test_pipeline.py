@@ -23,7 +23,7 @@ from rng.support.errors import InputError
 from rng.support.images import PEAK, to_pixels
 from rng.unet import UNet
 
-FOUND = Schedules(ends={1: 0.2, 2: 0.3, 3: 0.4}, details={2: 0.7})
+FOUND = Schedules(ends={1: 0.2, 2: 0.3, 3: 0.4})
 
 
 class ByBrightness(nn.Module):  # a controller one can foresee: 0, 1, 2 or 3 steps
@@ -75,8 +75,7 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
     whole = torch.tensor(image.astype(np.float32) / PEAK[image.dtype]).permute(2, 0, 1)
     patches = [patch[None] for patch in tiling.split(whole)]
     counts = [model.controller.predict_steps(x).item() if steps == "auto" else steps for x in patches]
-    details = np.array([FOUND.details.get(T, 1) if T else 0 for T in counts]).reshape(-1, tiling.count(width))
-    for place, x, T in zip(np.ndindex(details.shape), patches, counts):
+    for place, x, T in zip(np.ndindex(tiling.count(height), tiling.count(width)), patches, counts):
         noise = tiling.NoiseField([(seed, *place)], *x.shape[2:])
         y_r = torch.full_like(x, 0.5) if model.settings.target == "clean" else model.recon(x)     # line 1
         d = noise(0)
@@ -89,8 +88,7 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
             d = (d - (1 - alpha_t) / math.sqrt(1 - gamma_t) * eps_hat) / math.sqrt(alpha_t)       # line 4
             if t > 1:
                 d = d + math.sqrt(1 - alpha_t) * noise(t)
-        faded = torch.tensor(tiling.fade(details, *place, *x.shape[2:]))
-        pieces.append((y_r + detail * faded * d / 8 if T else y_r)[0])                            # line 6
+        pieces.append((y_r + detail * d / 8 if T else y_r)[0])                                            # line 6
     return tiling.stitch(pieces, height, width).permute(1, 2, 0).numpy(), counts
 
 
@@ -232,7 +230,7 @@ def save_model(folder, *settings):
     (recon, gen), s = tiny_networks(*settings[:1]), StepController(4)
     s(torch.rand(2, 3, 16, 16))  # in training mode: the statistics move
     settings, found = GenSettings(*settings, residual_scale=500.0), FOUND._replace(variance="posterior")
-    (folder / "schedule.json").write_text(json.dumps(dict(zip(("end", "detail", "variance"), found))))
+    (folder / "schedule.json").write_text(json.dumps(dict(zip(("end", "variance"), found))))
     for kind, network, config in (("recon", recon, recon.config), ("controller", s, s.config),
                                   ("gen", gen, {"unet": gen.config, **settings._asdict()})):
         save_weights(folder / f"{kind}.pt", kind, config, network, {"iterations": 1})
@@ -393,7 +391,7 @@ def test_weights_that_are_not_finite(copy, name, quarter, value):
 
 @pytest.mark.parametrize("text", [
     "", "{", "null", "[]", "{}", "\u00ff", "[" * 100_000, '{"end": ' * 100_000, '{"end": {}, "variance": []}',
-    '{"end": {}, "detail": {"10": -Infinity}}',
+    '{"end": {}, "detail": {"10": 0.5}}',
     *('{"end": %s}' % end for end in ("3", "[1]", '{"ten": 0.5}', '{"0": 0.5}', '{"1e2": 0.5}')),
     *('{"end": {"10": %s}}' % end for end in ('"high"', "null", "1.5", "NaN", "0", "1e999", "9" * 400))],
                          ids=lambda text: text[:30])

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32".split()
 TINY_R = "--width 4 --enc 1 --middle 1 --dec 1".split()
 CROPS = "--crop 32 --validation 2 --workers 0 --sigma 25".split()
-SEARCH = "--search-schedule --sigma 25 --centre-crop 32 --ends 0.3 0.5 --details 0.5 1".split()
+SEARCH = "--search-schedule --sigma 25 --centre-crop 32 --ends 0.3 0.5".split()
 ALL = {"train_recon": train_recon, "train_gen": train_gen, "evaluate": evaluate,
        "build_step_labels": build_step_labels, "train_controller": train_controller, "denoise": denoise}
 OPTIONS = {"train_recon": [*TINY, *CROPS, *TINY_R], "train_gen": [*TINY, *CROPS, "--base", 4, "--blocks", 1],
@@ -124,16 +124,14 @@ def test_the_model_folder(chain):
 
 def test_schedule(chain):
     found = json.loads((chain.model / "schedule.json").read_text())
-    ends, details = found["end"], found["detail"]
+    ends = found["end"]
     rows = chain.results["search"].rows
-    assert list(ends) == list(details) == [row[0] for row in rows] == [str(T) for T in STEPS[1:]]
+    assert list(ends) == [row[0] for row in rows] == [str(T) for T in STEPS[1:]]
     for T, *cells, chosen in rows:
-        tried = {end: cell.strip(")").split(" (") for end, cell in zip((0.3, 0.5), cells) if cell != "-"}
-        score, detail = tried[float(chosen)]
-        assert float(chosen) == ends[T] and float(detail) == details[T] in (0.5, 1)
-        assert float(score) == min(float(score) for score, _ in tried.values())
+        tried = {end: float(cell) for end, cell in zip((0.3, 0.5), cells) if cell != "-"}
+        assert float(chosen) == ends[T] and tried[float(chosen)] == min(tried.values())
     assert RnG.load(chain.model, "cpu").schedules == folder.Schedules(
-        *({int(T): value for T, value in part.items()} for part in (ends, details)), variance="paper")
+        {int(T): end for T, end in ends.items()}, "paper")
 
 
 def labels_of(model):
@@ -155,7 +153,7 @@ def test_labels_can_be_made_again(chain):
         x, y_r = noisy[None], loaded.reconstruct(noisy[None])
         for T in (0, 20):
             d_0 = loaded.generate(x, y_r, T, tiling.NoiseField([(label.seed, 0, 0)], 64, 64))
-            y = (y_r + loaded.schedules.detail(T) * d_0).clamp(0, 1)
+            y = (y_r + d_0).clamp(0, 1)
             assert lpips(y, clean[None]).item() == pytest.approx(label.lpips[STEPS.index(T)], abs=2e-4)
 
 
@@ -286,16 +284,6 @@ def test_without_lpips_the_other_metrics_show(chain, model, monkeypatch):
         result = call(script, *here, *options)
         assert result.code == 2 and re.fullmatch("error: .*--lpips-backbone.*\n", result.err)
     assert tree() == before | {Path("evaluation.csv"): Path("evaluation.csv").read_bytes()}
-
-
-def test_the_ramp_sets_the_detail_of_each_step_count(chain, model):
-    """It rises from 10 to --ramp-steps and stays; 0 detail makes every count r alone."""
-    assert chain.run("evaluate", *SEARCH, "--ramp", 0.5, 1.5, "--ramp-steps", 60).code == 0
-    found = json.loads((model / "schedule.json").read_text())["detail"]
-    assert [found[str(T)] for T in STEPS[1:]] == [0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.5, 1.5, 1.5, 1.5]
-    result = chain.run("evaluate", *SEARCH, "--ramp", 0, 0)
-    alone, best = (float(part.rsplit(" ", 1)[1]) for part in result.out.splitlines()[-1].split(";"))
-    assert result.code == 0 and alone == best
 
 
 def test_clip_noisy_rounds_the_input_to_8_bit(chain, model):

@@ -135,32 +135,3 @@ def test_noise_is_a_function_of_its_arguments():
         assert torch.equal(noise_at(keys[i], *places[j]), first[i][j])
         assert torch.equal(tiling.NoiseField([places[j]], 240, 64)(keys[i])[0], first[i][j, :, :240, :64])
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# Fading between the patches' details.
-
-@pytest.mark.parametrize("seed", range(20))
-def test_fade_agrees_where_patches_overlap(seed):
-    random = np.random.default_rng(seed)
-    values = random.random(random.integers(1, 5, 2))
-    whole = np.full([tiling.STRIDE * n + tiling.OVERLAP for n in values.shape], np.nan)
-    for row, col in np.ndindex(values.shape):
-        here = whole[row * tiling.STRIDE:, col * tiling.STRIDE:][:tiling.PATCH, :tiling.PATCH]
-        patch = tiling.fade(values, row, col)
-        assert patch.dtype == np.float32
-        assert values.min() - 1e-6 <= patch.min() <= patch.max() <= values.max() + 1e-6
-        assert patch[128, 128] == pytest.approx(values[row, col], rel=1e-6)
-        np.testing.assert_allclose(patch[np.isfinite(here)], here[np.isfinite(here)], atol=1e-6)
-        here[:] = patch
-        np.testing.assert_array_equal(tiling.fade(values, row, col, 80, 64), patch[:80, :64])
-        for there in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
-            if 0 <= min(there) and there[0] < values.shape[0] and there[1] < values.shape[1]:
-                shared = tuple(slice(224 * (b > a), 32 if b < a else 256) for a, b in zip((row, col), there))
-                assert patch[shared].max() <= min(values[row, col], values[there]) + 1e-6
-    for axis in (0, 1):
-        assert np.abs(np.diff(whole, axis=axis)).max() <= np.ptp(values) / tiling.FADE + 1e-6
-
-
-@pytest.mark.parametrize("value", [0, 0.4, 1, 2])
-def test_fade_of_equal_values_is_that_value(value):
-    assert (tiling.fade(np.full((3, 2), value), 1, 1) == np.float32(value)).all()

@@ -1,4 +1,4 @@
-"""The data sets by name (Sec. 4), and the noise of the Gaussian tests."""
+"""The data sets by name (Sec. 4)."""
 
 import argparse
 import sys
@@ -223,13 +223,15 @@ def weights_of(args):
 def _train_and_validation(name, root, validation):
     """-> (training, validation items): the set's test split, else held out evenly, of SIDD whole scenes."""
     train = items(name, root, "train")
+    groups = {}  # SIDD's scene is the second number of its folders, such as 0001_001_S6_00100_00060_3200_L
+    for item in train:
+        groups.setdefault(item.name.split("_")[1] if name == "sidd" else item.name, []).append(item)
+    _note(f"{name}: " + f"{len(groups)} scenes, " * (name == "sidd")
+          + f"{len(train)} {'pictures' if train[0].noisy is None else 'pairs'}")
     if validation == 0:
         return train, []
     if name == "div2k" or (name == "sidd" and any(_root(name, root).glob("Validation*BlocksSrgb.mat"))):
         return train, evenly(items(name, root, "test"), validation)
-    groups = {}  # SIDD's scene is the second number of its folders, such as 0001_001_S6_00100_00060_3200_L
-    for item in train:
-        groups.setdefault(item.name.split("_")[1] if name == "sidd" else item.name, []).append(item)
     if name == "sidd":
         _note(f"no validation blocks in {_root(name, root)}; whole scenes of training are held out")
     n = -(-validation * len(groups) // len(train))  # if over half of a small set, a quarter is held out
@@ -242,9 +244,3 @@ def evenly(sequence, n):
     """n items of a sequence, spread over it; all where it has fewer."""
     n = min(n, len(sequence))
     return [sequence[i * len(sequence) // n] for i in range(n)]
-
-
-def noisy_version(clean, sigma):
-    """Clean uint8 (H, W, 3) plus Gaussian test noise -> float32, 1 for white, unclipped; sigma: 0 to 255."""
-    eps = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)  # seed 0 anew for each, as Restormer
-    return (clean / 255 + eps).astype(np.float32)

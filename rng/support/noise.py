@@ -1,4 +1,4 @@
-"""Noise for training: white Gaussian noise (the paper), the noise of cameras, and a wide mix of kinds.
+"""Noise of tests and training: white Gaussian noise (the paper), the noise of cameras, and a wide mix of kinds.
 
 Everything is numpy, RGB, float32 (H, W, 3), with 1.0 for white. All randomness is the generator's.
 """
@@ -23,6 +23,12 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 def gaussian_noise(clean, sigma, generator):
     """float32 (H, W, 3) in [0, 1] plus white Gaussian noise, unclipped; sigma in the same units, 25 / 255."""
     return clean + np.float32(sigma) * generator.standard_normal(clean.shape, np.float32)
+
+
+def noisy_version(clean, sigma):
+    """Clean uint8 (H, W, 3) plus Gaussian test noise -> float32, 1 for white, unclipped; sigma: 0 to 255."""
+    eps = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)  # seed 0 anew for each, as Restormer
+    return (clean / 255 + eps).astype(np.float32)
 
 
 class NoiseMix(NamedTuple):
