@@ -30,7 +30,8 @@ from rng.controller import STEPS
 from rng.pipeline import RnG
 from rng.support.data import Item
 from rng.support.errors import InputError, Parser, append_line
-from rng.support.images import read_rgb
+from rng.support.images import read_rgb, to_8_bit
+from rng.support.noise import KINDS, wide_mix
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32".split()
@@ -301,6 +302,17 @@ def test_clip_noisy_rounds_the_input_to_8_bit(chain, model):
     for name, *steps in ("2 steps", "--steps", 2), ("RnG",):
         assert chain.run("denoise", *steps).code == 0
         assert np.array_equal(read_rgb(Path("out.png")), read_rgb(Path("saved", name, "0.png")))
+
+
+def test_every_kind_of_noise_is_scored_and_its_pairs_are_written(chain, model):
+    result = chain.run("evaluate", "--noise", *KINDS, "--steps", "--detail", 0, "--save", "saved")
+    rows = [row[0] for row in result.rows if row[1] == "noisy input"]
+    assert rows == [*KINDS, "mean"] and "noise drawn by each image's name" in result.out
+    for kind in KINDS:
+        clean, noisy = wide_mix(read_rgb(chain.pictures / "0.png") / np.float32(255),
+                                np.random.default_rng([*b"0.png"]), kind)
+        for expected, name in (clean, "ground truth"), (noisy, "noisy input"):
+            assert np.array_equal(read_rgb(Path("saved", name, kind, "0.png")), to_8_bit(expected))
 
 
 def test_metric_patches(chain, model):
