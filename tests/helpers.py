@@ -1,9 +1,25 @@
 """What several test files share."""
 
+import contextlib
+import io
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+
+import build_step_labels
+import denoise
+import evaluate
+import train_controller
+import train_gen
+import train_recon
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = {"train_recon": train_recon, "train_gen": train_gen, "evaluate": evaluate,
+       "build_step_labels": build_step_labels, "train_controller": train_controller, "denoise": denoise}
 
 ALEXNET_CONVOLUTIONS = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
                         10: (256, 256, 3, 3)}
@@ -33,3 +49,33 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return type(a) is type(b) and a == b
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self):
+        return re.findall("^error: .*$", self.err, re.MULTILINE)
+
+    @property
+    def rows(self):
+        """Of the Markdown table, lists of cells."""
+        lines = [line for line in self.out.splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+
+
+def call(script, *args):
+    """Runs a script's main in process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = script.main([str(arg) for arg in args])
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def picture(path, height=100, width=200, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)

@@ -88,7 +88,7 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
             d = (d - (1 - alpha_t) / math.sqrt(1 - gamma_t) * eps_hat) / math.sqrt(alpha_t)       # line 4
             if t > 1:
                 d = d + math.sqrt(1 - alpha_t) * noise(t)
-        pieces.append((y_r + detail * d / 8 if T else y_r)[0])                                            # line 6
+        pieces.append((y_r + detail * d / 8 if T else y_r)[0])                                # line 6
     return tiling.stitch(pieces, height, width).permute(1, 2, 0).numpy(), counts
 
 

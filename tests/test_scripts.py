@@ -1,12 +1,7 @@
 """The six scripts in their order, tiny: what each writes and what it refuses; the README's commands."""
 
-import contextlib
-import functools
-import importlib
-import io
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import write_random_alexnet
+from helpers import ALL, ROOT, call, picture, write_random_alexnet
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
@@ -29,50 +24,17 @@ from rng import ddpm, folder, metrics, scoring, search, tiling
 from rng.controller import STEPS
 from rng.pipeline import RnG
 from rng.support.data import Item
-from rng.support.errors import InputError, Parser, append_line
+from rng.support.errors import InputError, append_line
 from rng.support.images import read_rgb, to_8_bit
 from rng.support.noise import KINDS, wide_mix
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = "--batch 2 --iterations 4 --save-every 4 --device cpu --precision float32".split()
 TINY_R = "--width 4 --enc 1 --middle 1 --dec 1".split()
 CROPS = "--crop 32 --validation 2 --workers 0 --sigma 25".split()
 SEARCH = "--search-schedule --sigma 25 --centre-crop 32 --ends 0.3 0.5".split()
-ALL = {"train_recon": train_recon, "train_gen": train_gen, "evaluate": evaluate,
-       "build_step_labels": build_step_labels, "train_controller": train_controller, "denoise": denoise}
 OPTIONS = {"train_recon": [*TINY, *CROPS, *TINY_R], "train_gen": [*TINY, *CROPS, "--base", 4, "--blocks", 1],
            "build_step_labels": "--sigma 25 --patches 3 --size 64".split(),
            "train_controller": [*TINY, "--c", 2], "evaluate": "--limit 1 --steps".split()}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self):
-        return re.findall("^error: .*$", self.err, re.MULTILINE)
-
-    @property
-    def rows(self):
-        """Of the Markdown table, lists of cells."""
-        lines = [line for line in self.out.splitlines() if line.startswith("| ")]
-        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
-
-
-def call(script, *args):
-    """Runs a script's main in process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = script.main([str(arg) for arg in args])
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def picture(path, height=100, width=200, seed=0):
-    small = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
 
 
 class Chain(NamedTuple):
@@ -507,73 +469,3 @@ OUT_OF_RANGE = {
 def test_options_out_of_range(command, chain, model):
     script, *options = command.split()
     assert re.search(f"{options[0]}|nowhere|noisy.png|cannot write model", refused(chain, script, *options))
-
-
-def commands():
-    """Every `python SCRIPT ...` of the README, of docs/ and of the scripts' docstrings."""
-    lines = "".join(script.__doc__ for script in ALL.values()).splitlines()
-    lines = [re.sub(r"\s{2,}\(.*\)$", "", line) for line in lines]
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = path.read_text()
-        variables = re.findall(r'^(\w+)="(.*)"$|^for (\w+) in (\w+)', text, re.MULTILINE)
-        for name, value in [(of_shell or of_loop, value or first)
-                            for of_shell, value, of_loop, first in variables]:
-            text = text.replace(f"${name}", value)
-        lines += re.findall(r"`(python \w+\.py [^`]*)`", text)
-        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            lines += block.replace("\\\n", " ").splitlines()
-    parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
-    return [part for part in parts if re.match(r"python \w+\.py\b", part)]
-
-
-def test_the_readme_has_commands_for_every_script():
-    assert {command.split()[1] for command in commands()} == {f"{name}.py" for name in ALL}
-
-
-@pytest.mark.parametrize("command", dict.fromkeys(commands()))
-def test_documented_commands_parse(command, monkeypatch):
-    real = Parser.parse_args
-
-    def parse_args(parser, *args, **options):
-        real(parser, *args, **options)
-        raise EOFError("all options are read")
-
-    monkeypatch.setattr(Parser, "parse_args", parse_args)
-    _, script, *args = shlex.split(command, comments=True)
-    main = ALL[script.removesuffix(".py")].main
-    if args == ["--help"]:
-        with pytest.raises(SystemExit, match="^0$"):
-            main(args)
-        return
-    with pytest.raises(EOFError):
-        main(args)
-    assert main([*args, "--no-such-option"]) == 2
-
-
-def places_in_code():
-    """(file, the names in it) of the README's map and of docs/choices.md."""
-    section = (ROOT / "README.md").read_text().split("## Paper to code\n")[1].split("\n## ")[0]
-    choices = (ROOT / "docs" / "choices.md").read_text()
-    yield from re.findall(r"^\|.*?\| `([\w/]+)\.py` \|(.*)\|$", section + choices, re.MULTILINE)
-    yield from re.findall(r"`([\w/]+)\.py`: ((?:`[\w.]+`(?:, )?)+)", choices)
-
-
-def test_every_name_in_the_map_and_the_choices_exists():
-    rows = list(places_in_code())
-    assert len(rows) >= 40
-    for file, names in rows:
-        module = importlib.import_module(file.replace("/", "."))
-        assert (ROOT / f"{file}.py").is_file() and "`" in names
-        for name in re.findall("`(.*?)`", names):
-            thing = functools.reduce(getattr, name.split("."), module)
-            assert not callable(thing) or thing.__module__ == module.__name__, f"{name} is not of {file}"
-
-
-def test_every_promise_of_the_readme_has_its_test():
-    text = (ROOT / "docs" / "promises.md").read_text()
-    files = re.findall(r"`(test_\w+\.py)`((?:[^`]|`(?!test_\w+\.py`))*)", text)
-    assert len(files) >= 10
-    for file, names in files:
-        source = (ROOT / "tests" / file).read_text()
-        for name in re.findall(r"`(test_\w+)`", names):
-            assert f"def {name}(" in source, f"{name} is not in {file}"
