@@ -222,7 +222,7 @@ def test_sidd_without_blocks_holds_whole_scenes_out(tmp_path, wanted, scenes, ca
     assert not sides[0] & sides[1] and len(sides[0]) == 10 - scenes and len(train) == 60 - 6 * scenes
     told = capsys.readouterr().err
     assert len(held_out) == min(wanted, 6 * scenes) and "whole scenes" in told
-    assert told.startswith("note: sidd: 10 scenes, 60 pairs\n")
+    assert told.startswith(f"note: {tmp_path}: 10 scenes, 60 pairs\n")
 
 
 def test_validation_is_shared_among_sets(tmp_path):

@@ -226,7 +226,7 @@ def _train_and_validation(name, root, validation):
     groups = {}  # SIDD's scene is the second number of its folders, such as 0001_001_S6_00100_00060_3200_L
     for item in train:
         groups.setdefault(item.name.split("_")[1] if name == "sidd" else item.name, []).append(item)
-    _note(f"{name}: " + f"{len(groups)} scenes, " * (name == "sidd")
+    _note(f"{root or name}: " + f"{len(groups)} scenes, " * (name == "sidd")
           + f"{len(train)} {'pictures' if train[0].noisy is None else 'pairs'}")
     if validation == 0:
         return train, []
