@@ -71,6 +71,7 @@ def test_no_tint(model):
 def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
     """The residual jumps no more across the lines where patches meet than elsewhere, in all and each.
 
+    Where a patch without detail meets one with it, what the overlap leaves is too little to be seen.
     whole: steps of the 256-pixel patch, as s would say; cut: of its neighbours, which the picture's end cuts.
     """
     monkeypatch.setattr(model, "controller", SimpleNamespace(
@@ -82,6 +83,9 @@ def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
     for lines in (residuals, residuals.swapaxes(1, 2)):
         jumps = np.abs(np.diff(lines, axis=1)).mean((0, 2, 3))  # between line i and i + 1
         inside = np.delete(jumps, across).mean()
+        if whole == 0:
+            assert jumps[across].max() <= 1 / 255
+            continue
         assert jumps[across].mean() <= 1.1 * inside
         assert jumps[across].max() <= 1.2 * inside
 
