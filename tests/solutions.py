@@ -1,6 +1,6 @@
 """Solutions of exercises 1, 4 and 8 of docs/exercises.md. Try them yourself first.
 
-`python -m tests.solutions` measures them with the models that ship, on five photographs (three minutes).
+`python -m tests.solutions` measures them with the models that ship, on five photographs (two minutes).
 """
 
 import math
