@@ -19,7 +19,8 @@ FEW = "--preset small --batch 2 --iterations 2 --device cpu"
 TINY = {
     "train_recon": f"{FEW} --crop 32 --validation 1 --workers 0 --width 4 --enc 1 --middle 1 --dec 1",
     "train_gen": f"{FEW} --crop 32 --validation 1 --workers 0 --base 4 --blocks 1",
-    "train_controller": f"{FEW} --c 2", "build_step_labels": "--patches 4 --size 64 --device cpu",
+    "train_controller": f"{FEW} --c 2",
+    "build_step_labels": "--patches 4 --size 64 --counts 0 10 --device cpu",
     "denoise": "--device cpu", "evaluate": "--limit 1 --sigma 25 --device cpu"}
 SMALL_PICTURES = "--centre-crop 64 --ends 0.02"  # at 0.3 an untrained g diverges
 
