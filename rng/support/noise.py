@@ -1,4 +1,4 @@
-"""Noise of tests and training: white Gaussian noise (the paper), the noise of cameras, and a wide mix of kinds.
+"""Noise of tests and training: white Gaussian (the paper), that of cameras, and a wide mix of kinds.
 
 Everything is numpy, RGB, float32 (H, W, 3), with 1.0 for white. All randomness is the generator's.
 """
