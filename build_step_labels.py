@@ -38,8 +38,7 @@ def parse(argv):
     add("--size", type=number(int, 64, tiling.PATCH), default=256,
         help="side of a patch, 64 to 256 pixels (default: 256)")
     add("--counts", type=int, choices=STEPS, nargs="+", default=STEPS,
-        help="step counts to try; fewer make more labels in the same time, and s then takes no others; the "
-             "paper tries all 11 (default)")
+        help="step counts to try (default: the paper's 11); fewer are faster, and s then chooses among them")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of patches and noise (default: 0)")
     group = parser.add_argument_group("run")
     add_device_arguments(group)
@@ -53,13 +52,13 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     counts = sorted(set(args.counts))
-    model = RnG.load(args.model, args.device, args.precision)
+    model_folder = folder.own(args.model)
+    model = RnG.load(model_folder, args.device, args.precision)
     lpips = metrics.LPIPS(args.lpips_backbone).to(model.device)
     sets, _ = data.training_sets(args.data, args.root)
     weights = data.weights_of(args) / data.weights_of(args).sum()
     options = fingerprint([args.data, weights.tolist(), args.noise, args.sigma, args.camera, args.clip_noisy,
                            args.size, counts, args.seed])
-    model_folder = folder.find(args.model)
     path = model_folder / (f"step_labels.{rank()}.jsonl" if rank() else "step_labels.jsonl")
     found = search.read_labels(model_folder)
     if any(label.options != options for label in found):

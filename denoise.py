@@ -176,7 +176,7 @@ def denoise(model, source, target, part_files, args):
         write_picture(steps, steps_picture(result.steps, height, width))
 
     if args.compare:
-        shown = [to_8_bit(undo(z)) for z in (pixels, result.recon, result.image)]
+        shown = [to_8_bit(image) for image in (pixels, result.recon, result.image)]  # a small part stretched
         write_picture(part_files[-1], np.asarray(figures.comparison(*shown)))
 
     for note in notes:

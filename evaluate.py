@@ -24,7 +24,7 @@ from rng.support.errors import InputError, Parser, make_folder, number, script, 
 from rng.support.images import check_writable, to_8_bit, to_tensor, write_picture
 from rng.support.noise import KINDS
 
-ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # NOISY_ENOUGH: from 0.4 for 10 steps, 0.05 for 100
+ENDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # search.NOISY_ENOUGH needs 0.4 for 10 steps, 0.05 for 100
 BEST = "best of these counts for each picture"  # a row of the table
 
 
@@ -66,21 +66,21 @@ def parse(argv):
              "MODEL/schedule.json; on patches of --centre-crop, never on the pictures you test on")
     add("--ends", type=number(float, 1e-6, 0.99), nargs="+", default=ENDS, help="end points to search")
     add("--variance", choices=ddpm.VARIANCES, default="paper",
-        help="of Eq. 3's noise in the search, kept in schedule.json (default: paper, which knows no other)")
+        help="variance of the noise that Eq. 3 adds, written to schedule.json (default: paper)")
     return parser.parse_args(argv)
 
 
 @script
 def main(argv=None):
     args = parse(argv)
+    if args.search_schedule:
+        folder.own(args.model)
     model = RnG.load(args.model, args.device, args.precision, schedule=not args.search_schedule)
-    if args.search_schedule and args.model == "default":
-        raise InputError("--search-schedule writes into the model's folder; name it with --model")
     if model.gen is None and (args.search_schedule or args.figures):
         raise InputError("the schedule is searched, and the figures are drawn, with g; train it first")
     every = data.items(args.data, args.root, args.split)
     some = data.evenly(every, args.limit or len(every))
-    sigmas = args.noise or args.sigma or ([20, 35, 50] if args.data == "div2k" else [15, 25, 50])
+    sigmas = args.noise or args.sigma or ([20.0, 35.0, 50.0] if args.data == "div2k" else [15.0, 25.0, 50.0])
     if some[0].noisy is not None:
         sigmas = [None]
     if args.search_schedule:
@@ -90,16 +90,15 @@ def main(argv=None):
     return 0
 
 
-def protocol(args, model, some, sigmas):  # one line that says how the numbers below it were made
-    kept = "clipped and 8-bit" if args.clip_noisy else "float, not clipped"
-    added = f"Gaussian noise, RGB, numpy seed 0 for each image, {kept}"
-    if args.noise or sigmas == [None]:
-        added = "noise drawn by each image's name" if args.noise else "real noise"
-    part = f"centre {args.centre_crop} x {args.centre_crop}" if args.centre_crop else "whole images"
-    patches = ", scored on 256 x 256 patches" if args.metric_patches else ""
+def protocol(args, model, some, sigmas, side, scored):
+    """A line that says how the numbers below it were made. side: of a centre crop, or None. scored: how."""
+    part = f"centre {side} x {side}" if side else "whole images"
+    added = "Gaussian noise, RGB, numpy seed 0 for each image"
+    added = "noise drawn by each image's name" if args.noise else added
+    added += ", clipped and 8-bit" if args.clip_noisy else "" if args.noise else ", float, not clipped"
+    added = "real noise" if sigmas == [None] else added
     return (f"Protocol: model {args.model}, precision {args.precision} on {model.device}; {len(some)} "
-            f"pictures of {args.data}, {part}{patches}; {added}; output rounded to 8 bit; PSNR on RGB, SSIM "
-            f"on luma, LPIPS AlexNet v0.1, NIQE; seed {args.seed}.")
+            f"pictures of {args.data}, {part}; {added}; {scored}; seed {args.seed}.")
 
 
 def methods(args, model):  # the rows of the table but for --outputs
@@ -121,6 +120,10 @@ def pictures(method, args, model, clean, noisy, theirs):
         return clean if method.kind == "truth" else to_8_bit(noisy), no_steps
     parts = model.denoise(noisy, method.steps, args.seed, method.detail, parts="steps")
     return to_8_bit(parts.image), parts.steps.mean(axis=(1, 2))
+
+
+def named(sigma):  # in the first column
+    return "-" if sigma is None else sigma if isinstance(sigma, str) else f"{sigma:g}"
 
 
 def score(args, model, some, every, sigmas):
@@ -166,13 +169,15 @@ def score(args, model, some, every, sigmas):
         last = [Row("mean", row.method, *scoring.mean([of_one[2:] for of_one in rows
                                                        if of_one.method == row.method])) for row in last]
         rows += last
-    print(protocol(args, model, some, sigmas), end="\n\n")
+    scored = "output rounded to 8 bit; PSNR on RGB, SSIM on luma, LPIPS AlexNet v0.1, NIQE"
+    scored += ", of 256 x 256 patches" if args.metric_patches else ""
+    print(protocol(args, model, some, sigmas, args.centre_crop, scored), end="\n\n")
     header = "noise" if args.noise else "sigma", "method", *COLUMNS
     print(f"| {' | '.join(header)} |\n|" + "---|" * len(header))
     for sigma, method, *values in rows:
         cells = ["-" if np.isnan(value) else f"{value:.{digits}f}"
                  for value, digits in zip(values, (4, 3, 2, 4, 1))]
-        print(f"| {'-' if sigma is None else sigma} | {method.name} | " + " | ".join(cells) + " |")
+        print(f"| {named(sigma)} | {method.name} | " + " | ".join(cells) + " |")
     if without_niqe:
         print("\nNIQE has no value for these, flat or under two blocks of 96 pixels: "
               f"{', '.join(without_niqe)}")
@@ -181,12 +186,12 @@ def score(args, model, some, every, sigmas):
         nearest = min(fixed, key=lambda steps: abs(steps - chosen[0]))
         print(f"\nThe fixed count nearest to RnG's mean of {chosen[0]:.1f} steps: {nearest:g} steps.")
     table = io.StringIO()
-    lines = [(sigma, method.name, *values) for sigma, method, *values in rows]
+    lines = [(named(sigma), method.name, *values) for sigma, method, *values in rows]
     csv.writer(table, lineterminator="\n").writerows([header, *lines])
     write_text(args.csv, table.getvalue())
     if args.plot:
         shown = [row for row in last if row.method.kind not in ("noisy", "truth") and np.isfinite(row.psnr)]
-        title = "" if sigmas == [None] else f"{'noise' if args.noise else 'sigma'} {last[0].sigma}"
+        title = "" if sigmas == [None] else f"{header[0]} {named(last[0].sigma)}"
         write_picture(args.plot, np.asarray(figures.perception_distortion(shown, title)))
 
 
@@ -220,8 +225,9 @@ def search_schedule(args, model, some, sigmas):
     pairs = [scoring.inputs(item, sigma, side, args.clip_noisy) for sigma in sigmas for item in some]
     if len({clean.shape for clean, _ in pairs}) > 1:
         raise InputError("the pictures are smaller than the patch; give a smaller --centre-crop")
-    y, x = (torch.stack([to_tensor(pixels) for pixels in some]).to(model.device) for some in zip(*pairs))
-    print(f"{protocol(args, model, some, sigmas)} LPIPS over {len(x)} patches of {side} pixels.", end="\n\n")
+    y, x = (torch.stack([to_tensor(pixels) for pixels in pictures_of]).to(model.device)
+            for pictures_of in zip(*pairs))
+    print(protocol(args, model, some, sigmas, side, f"LPIPS AlexNet v0.1 of {len(x)} patches"), end="\n\n")
     print("| steps | " + " | ".join(f"end {end:g}" for end in args.ends) + " | chosen |\n|"
           + "---|" * (2 + len(args.ends)))
     of_counts, found = [], folder.Schedules({}, args.variance)

@@ -20,8 +20,8 @@ from rng import folder, search
 from rng.controller import STEPS, StepController
 from rng.support import data, training
 from rng.support.checkpoint import fingerprint, save_weights
-from rng.support.device import autocast, pick
-from rng.support.errors import InputError, Parser, number, script
+from rng.support.device import autocast, pick, world_size
+from rng.support.errors import InputError, Parser, number, script, writing
 
 # iterations: 30 epochs of 20,000 patches; 60 of 1,000, and an EMA that so short a training can follow
 PRESETS = {
@@ -38,10 +38,7 @@ def parse(argv):
     group = parser.add_argument_group("network and labels")
     data.add_sets(group)
     presets.add(group, "--c", "channels of s's first block", type=number(int, 1))
-    group.add_argument("--temperature", type=number(float, 0), default=0.0,
-                       help="0: cross-entropy with the best step, as in the paper (default); above 0: with "
-                            "softmax(-LPIPS / temperature), which learns from all 11 values of a label")
-    group.add_argument("--holdout", type=number(float, 0, 1), default=0.2,
+    group.add_argument("--holdout", type=number(float, 0.01, 0.99), default=0.2,
                        help="share of the labels kept for validation, in whole pictures (default: 0.2)")
     training.add_optimiser_arguments(parser, presets)
     training.add_run_arguments(parser)
@@ -52,13 +49,14 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     device = pick(args.device)
-    labels, held_out = held_out_first(search.read_labels(args.model), args.holdout)
+    if world_size() > 1:
+        raise InputError("s is small and trains in one process; leave torchrun out")
+    labels, held_out = held_out_first(search.read_labels(folder.own(args.model)), args.holdout)
     patches, scores = labelled_patches(args, labels)                   # (M, 3, P, P) float16, (M, 11)
     if held_out == len(labels):
         raise InputError(f"the pictures of {len(labels)} labels are too few to train on some and hold out "
                          "others; run build_step_labels.py with more --patches, or give a smaller --holdout")
-    best = F.one_hot(scores.argmin(dim=1), len(STEPS)).float()         # ties go to the smaller step
-    target = (scores / -args.temperature).softmax(dim=1) if args.temperature else best
+    target = scores.argmin(dim=1)                                      # ties go to the smaller step
     torch.manual_seed(args.seed)
     s = StepController(args.c).to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(s).eval().requires_grad_(False)
@@ -110,7 +108,8 @@ def labelled_patches(args, labels):
     [size] = sizes
     sets, _ = data.training_sets(args.data, args.root)
     items = {(place, item.name): item for place, some in enumerate(sets) for item in some}
-    file, opened = tempfile.TemporaryFile(dir=args.model), None
+    with writing(args.model):
+        file, opened = tempfile.TemporaryFile(dir=args.model), None
     for label in labels:
         name = label.set, label.image
         if name not in items:
@@ -119,11 +118,8 @@ def labelled_patches(args, labels):
         if name != opened:
             opened, pictures = name, items[name].read()
         patch = search.labelled_patch(*pictures, label)[0].half()
-        try:
+        with writing(f"the patches to {args.model}", "make space"):
             file.write(patch.numpy().tobytes())
-        except OSError as error:
-            reason = error.strerror.lower()
-            raise InputError(f"no room for the patches in {args.model}: {reason}; make space") from error
     patches = np.memmap(file, np.float16, "c", shape=(len(labels), 3, size, size))
     return torch.from_numpy(patches), torch.tensor(
         [[math.inf if value is None else value for value in label.lpips] for label in labels])

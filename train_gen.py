@@ -57,7 +57,8 @@ def parse(argv):
     group.add_argument("--finish", action="store_true",
                        help="in place of Eq. 5: LPIPS of what the sampler makes, for a g that Eq. 5 has "
                             "trained (--init); not in the paper")
-    group.add_argument("--lpips-backbone", help="AlexNet weights for LPIPS")
+    group.add_argument("--lpips-backbone",
+                       help="file with AlexNet's convolutions, for LPIPS (default: fetched once)")
     data.add_arguments(parser)
     training.add_crop_arguments(parser, presets)
     training.add_optimiser_arguments(parser, presets)
@@ -78,14 +79,15 @@ def main(argv=None):
     args = parse(argv)
     device = pick(args.device)
     torch.manual_seed(args.seed)
-    g = make_g(args).to(device, memory_format=torch.channels_last).train()
+    g, settings = make_g(args)
+    g.to(device, memory_format=torch.channels_last).train()
     trained = {"gen": (g, copy.deepcopy(g).eval().requires_grad_(False))}
     parameters = list(g.parameters())
     if args.scheme == "two-stage":
         r = folder.load_recon(args.model / "recon.pt").requires_grad_(False)
         r.to(device, memory_format=torch.channels_last)
     else:
-        r = untrained_recon(args).to(device, memory_format=torch.channels_last).train()
+        r = untrained_recon(args, g).to(device, memory_format=torch.channels_last).train()
         trained["recon"] = r, copy.deepcopy(r).eval().requires_grad_(False)
         parameters += r.parameters()
     if args.compile:
@@ -102,8 +104,6 @@ def main(argv=None):
     run = training.Run(args, "gen", trained, optimizer, told, stream.pictures)
     r_replica = replica(r, device) if "recon" in trained else r
     g_replica = replica(g, device)
-    settings = folder.GenSettings(args.condition, args.target, args.residual_scale, args.train_end,
-                                  told["recon"])
     if settings.residual_scale is None:
         settings = settings._replace(residual_scale=measured_scale(args, run, r, stream))
 
@@ -112,8 +112,8 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = args.lr * training.half_cosine(k, args.iterations)
         x, y, gamma, eps = batch["noisy"], batch["clean"], batch["gamma"], batch["eps"]
         with autocast(device, args.precision):
-            y_r = estimate(args, r_replica, x)                         # (N, 3, crop, crop)
-            d_0 = (y - y_r) * settings.residual_scale
+            y_r = reconstruct(args, r_replica, x)                      # (N, 3, crop, crop)
+            d_0 = (y - y_r) * settings.residual_scale                  # unit variance; in the paper 1
             cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[args.condition]
             if args.finish:                                            # not in the paper
                 loss = finishing_loss(g_replica, lpips, cond, y_r, y, settings.residual_scale,
@@ -139,22 +139,27 @@ def main(argv=None):
 
 
 def make_g(args):
-    """g, untrained or as --init names it."""
-    conditions = 2 if args.condition == "both" else 1
+    """-> (g, GenSettings), untrained or as --init names it; a residual_scale of None is to be measured."""
+    # an untrained r leaves no residual to measure
+    scale = args.residual_scale or (None if args.scheme == "two-stage" else 1.0)
+    settings = folder.GenSettings(args.condition, args.target, scale, args.train_end)
     if not args.init:
-        return UNet(args.base, args.multipliers, args.blocks, conditions)
-    g, _ = folder.load_gen(args.init)
-    if g.config["conditions"] != conditions:
-        raise InputError(f"{args.init} has another --condition; give the one it was trained with")
-    return g
+        conditions = 2 if args.condition == "both" else 1
+        return UNet(args.base, args.multipliers, args.blocks, conditions), settings
+    g, before = folder.load_gen(args.init)
+    if before.condition != args.condition:
+        raise InputError(f"{args.init} has --condition {before.condition}; give that")
+    if args.finish:  # which draws no noise levels
+        settings = settings._replace(train_end=before.train_end)
+    return g, settings._replace(residual_scale=scale or before.residual_scale)
 
 
-def untrained_recon(args):
+def untrained_recon(args, g):
     """Table 1's r for --scheme joint and intermediate: a U-Net of g's size."""
-    if (args.model / "recon.pt").exists() and not (args.model / "gen.pt").exists():
+    if (args.model / "recon.pt").exists() and not (args.model / "last_gen.pt").exists():
         raise InputError(f"{args.model / 'recon.pt'} would be overwritten by --scheme {args.scheme}; "
                          "name another --model folder")
-    return UNet(args.base, args.multipliers, args.blocks, noise_level=False)
+    return UNet(g.config["base"], g.config["multipliers"], g.config["blocks"], noise_level=False)
 
 
 def draw_noise(schedule, generator, shape):
@@ -163,21 +168,19 @@ def draw_noise(schedule, generator, shape):
     return {"gamma": gamma, "eps": torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))}
 
 
-def estimate(args, r, x):
+def reconstruct(args, r, x):
     """r(x), or the constant of --target clean, for noisy crops (N, 3, H, W)."""
     return torch.full_like(x, 0.5) if args.target == "clean" else r(x).float()
 
 
 def measured_scale(args, run, r, stream):
-    """1 / std(y - r(x)) over training crops, for data of about unit variance, or the scale of --init's g."""
-    if args.scheme != "two-stage":
-        return 1.0  # r is untrained: there is no residual to measure yet
-    if run.iteration > 0 or args.init:
-        return folder.load_gen(args.model / "gen.pt" if run.iteration else args.init)[1].residual_scale
+    """1 / std(y - r(x)) over training crops, for data of about unit variance."""
+    if run.iteration > 0:
+        return folder.load_gen(args.model / "gen.pt")[1].residual_scale
     count, total, squares = 0, 0.0, 0.0
     with torch.no_grad(), autocast(run.device, args.precision):
         for batch in stream(0, SCALE_BATCHES):
-            residual = (batch["clean"] - estimate(args, r, batch["noisy"].to(run.device)).cpu()).double()
+            residual = (batch["clean"] - reconstruct(args, r, batch["noisy"].to(run.device)).cpu()).double()
             count, total, squares = (count + residual.numel(), total + residual.sum().item(),
                                      squares + residual.square().sum().item())
     average, square = mean([total / count, squares / count], run.device)

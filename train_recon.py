@@ -45,7 +45,8 @@ def parse(argv):
     presets.add(group, "--loss", "mse: Eq. 4 with p = 2, psnr: NAFNet's own", choices=["mse", "psnr"])
     group.add_argument("--perceptual-weight", type=number(float, 0), default=0.0,
                        help="so many times LPIPS is added: Table 2's perceptual loss (default: 0)")
-    group.add_argument("--lpips-backbone", help="AlexNet weights for it")
+    group.add_argument("--lpips-backbone",
+                       help="file with AlexNet's convolutions, for LPIPS (default: fetched once)")
     group.add_argument("--init", type=Path,
                        help="start from this recon.pt or official NAFNet checkpoint, whose sizes win")
     data.add_arguments(parser)
@@ -118,8 +119,8 @@ def validate(args, r, held_out):
     device, scores = pick(args.device), {}
     for kind, crops_of_kind in held_out.items():
         with autocast(device, args.precision):
-            estimate = r(crops_of_kind["noisy"].to(device)).float().clamp(0, 1).cpu()
-        scores[f"psnr{kind}"] = metrics.psnr(estimate, crops_of_kind["clean"]).clamp(max=80).mean().item()
+            y_r = r(crops_of_kind["noisy"].to(device)).float().clamp(0, 1).cpu()
+        scores[f"psnr{kind}"] = metrics.psnr(y_r, crops_of_kind["clean"]).clamp(max=80).mean().item()
     return scores
 
 

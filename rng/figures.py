@@ -99,7 +99,7 @@ def residual_rows(model, clean, noisy, seed, steps=100, times=(100, 60, 40, 20, 
         return eps_hat
 
     noise = tiling.NoiseField([(seed, 0, 0)], *x.shape[2:], model.device)
-    d_0 = scale * ddpm.sample(g, model.condition(x, y_r), model.schedules.of(steps), noise)
+    d_0 = scale * model.sample(g, model.condition(x, y_r), model.schedules.of(steps), noise)
 
     def grey(residual):
         return (0.5 + AMPLIFY * residual).clamp(0, 1)

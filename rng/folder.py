@@ -1,6 +1,7 @@
 """A model folder: recon.pt (r), gen.pt (g), controller.pt (s), schedule.json, and whether they match."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from rng import ddpm
 from rng.controller import StepController
 from rng.nafnet import NAFNet, config_from_state_dict
 from rng.support.checkpoint import fingerprint, load, load_weights, rebuild
-from rng.support.errors import InputError, write_text
+from rng.support.errors import InputError, reading, write_text
 from rng.unet import UNet
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -40,20 +41,25 @@ class Schedules(NamedTuple):
 def find(name_or_folder):
     """The model folder, or that of a model that ships in rng/weights; a path that exists wins."""
     for folder in (Path(name_or_folder), WEIGHTS / name_or_folder):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # False for a name that is too long, where Path's raises an error
             return folder
     raise InputError(f"there is no model {name_or_folder}; name a folder with recon.pt in it, or the default")
+
+
+def own(folder):
+    """The model folder as a Path, to write to; InputError where there is none, as for a model that ships."""
+    if not os.path.isdir(folder):
+        raise InputError(f"there is no model {folder}; name its folder, or a copy of a model that ships")
+    return Path(folder)
 
 
 def load_recon(path):
     """r from recon.pt or an official NAFNet checkpoint {"params": state_dict}, with or without `module.`."""
     content, x = load(path), torch.zeros(1, 3, 16, 16)
     if isinstance(content, dict) and isinstance(content.get("params"), dict):
-        try:
+        with reading(f"{path} has no NAFNet in it; name a NAFNet checkpoint"):
             state_dict = {name.removeprefix("module."): tensor for name, tensor in content["params"].items()}
             config = config_from_state_dict(state_dict)
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} has no NAFNet in it; name a NAFNet checkpoint") from error
         return rebuild(path, NAFNet, config, state_dict, x)
     content = load_weights(path, "recon")
     config = {key: value for key, value in content["config"].items() if key != "arch"}
@@ -64,20 +70,16 @@ def load_recon(path):
 def load_gen(path):
     """g from gen.pt -> (UNet, GenSettings)."""
     content = load_weights(path, "gen")
-    try:
+    with reading(f"{path} does not hold the network it should; fetch or train it again"):
         config = dict(content["config"])
         unet = config.pop("unet")
         settings = GenSettings(**config)
-        possible = (settings.condition in ("noisy", "initial", "both")
-                    and settings.target in ("residual", "clean")
-                    and settings.residual_scale is not True
-                    and 0 < settings.residual_scale <= torch.finfo(torch.float32).max
-                    and ddpm.BETA_1 <= settings.train_end < 1 and isinstance(settings.recon, str | None))
+        if not (settings.condition in ("noisy", "initial", "both")
+                and settings.target in ("residual", "clean") and settings.residual_scale is not True
+                and 0 < settings.residual_scale <= torch.finfo(torch.float32).max
+                and ddpm.BETA_1 <= settings.train_end < 1 and isinstance(settings.recon, str | None)):
+            raise ValueError("impossible settings")
         unet = {key: value for key, value in unet.items() if key != "arch"} | {"noise_level": True}
-    except (LookupError, TypeError, AttributeError):
-        possible = False
-    if not possible:
-        raise InputError(f"{path} does not hold the network it should; fetch or train it again")
     x = torch.zeros(1, 6 if settings.condition == "both" else 3, 16, 16)
     d_t, gamma = torch.zeros(1, 3, 16, 16), torch.tensor([0.5], dtype=torch.float64)
     return rebuild(path, UNet, unet, content["state_dict"], x, d_t, gamma), settings
@@ -94,32 +96,25 @@ def load_controller(path):
 def read_schedule(folder):
     """schedule.json as it is, None without one; InputError if it is not JSON."""
     path = folder / "schedule.json"
-    try:
+    with reading(f"{path} is damaged; remove it and run evaluate.py --search-schedule again"):
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged; search it again (evaluate.py --search-schedule)") from error
 
 
 def load_schedules(folder, gen):
     """The Schedules in schedule.json, else defaults; InputError unless made for the g of fingerprint gen."""
-    if not (folder / "schedule.json").exists():
+    content, path = read_schedule(folder), folder / "schedule.json"
+    if content is None and not path.exists():
         return Schedules()
-    content = read_schedule(folder)
-    try:
+    with reading(f"{path} is damaged; remove it and run evaluate.py --search-schedule again"):
         found = Schedules({int(T): float(end) for T, end in content["end"].items()},
                           content.get("variance", "paper"))
         searched_with = content.get("gen", gen)
+        if content.keys() - {"gen", "variance", "end"} or found.variance not in ddpm.VARIANCES:
+            raise ValueError("impossible settings")
         for T in found.ends:
             found.of(T)  # refuses end points that cannot be
-        possible = content.keys() <= {"gen", "variance", "end"} and found.variance in ddpm.VARIANCES
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
-        possible = False
-    if not possible:
-        raise InputError(f"{folder / 'schedule.json'} is damaged; remove it and run evaluate.py "
-                         "--search-schedule again")
     if searched_with != gen:
-        raise InputError(f"{folder / 'schedule.json'} was searched with another gen.pt; "
-                         "run evaluate.py --search-schedule again")
+        raise InputError(f"{path} was searched with another gen.pt; run evaluate.py --search-schedule again")
     return found
 
 

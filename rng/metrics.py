@@ -1,4 +1,4 @@
-"""PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used (see README).
+"""PSNR, SSIM, LPIPS and NIQE with the conventions of IQA-PyTorch, which the paper used.
 
 Each takes RGB pictures as float tensors (N, 3, H, W) in [0, 1] and returns (N,). None guesses the range of
 its input: values outside [0, 1], not finite or of another shape raise ValueError. To score as the paper does,

@@ -14,16 +14,20 @@ from rng.support.images import PEAK, to_pixels, to_tensor
 BATCH = {"cpu": 1, "cuda": 64}  # 256-pixel patches per call; a CPU's caches hold no more, a GPU wants many
 WIDEST = 16384  # pixels; a row of patches of a wider picture would need more than 1.5 GB
 FLOATS = -8, 8  # what float pictures may hold: [0, 1] and the noise, but not values up to 255
-DIVERGED = 100  # limit of |d_0| in [0, 1] units: even a g that is hardly trained stays below
+DIVERGED = 1e4  # limit of |d_0| in [0, 1] units: an untrained g reaches some hundreds
 
 
 class Parts(NamedTuple):
-    """What denoise returns with parts: the picture, its two parts (not with parts="steps"), the steps."""
+    """What denoise returns with parts; with parts="steps" recon and residual are None."""
 
     image: np.ndarray            # (H, W, 3), r(x) + residual; of a stack (N, H, W, 3), and so the others
     recon: np.ndarray | None     # (H, W, 3), r(x)
     residual: np.ndarray | None  # (H, W, 3) float16, what g added, in [0, 1] units, signed
     steps: np.ndarray            # (rows, columns) int, inverse steps of each 256-pixel patch
+
+    def each(self, change):
+        """The Parts with `change` applied to every array."""
+        return Parts(*(part if part is None else change(part) for part in self))
 
 
 class RnG:
@@ -78,12 +82,18 @@ class RnG:
         """What g sees: x (the paper), r(x) (Table 1), or both, concatenated."""
         return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[self.settings.condition]
 
-    def generate(self, x, y_r, T, noise):
-        """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units."""
+    def generate(self, x, y_r, T, noise, tell=lambda y: y):
+        """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units.
+
+        tell: called with each output of g, returns it. InputError if g has diverged.
+        """
         if T == 0:
             return torch.zeros_like(x)
-        d_0 = self.sample(self.g, self.condition(x, y_r), self.schedules.of(T), noise)
-        return d_0 / self.settings.residual_scale
+        d_0 = self.sample(lambda *inputs: tell(self.g(*inputs)), self.condition(x, y_r),
+                          self.schedules.of(T), noise) / self.settings.residual_scale
+        if not d_0.abs().max() < DIVERGED:  # NaN too
+            raise InputError(f"g has diverged in {T} steps; give --steps 0 or search a new schedule")
+        return d_0
 
     @torch.inference_mode()
     def denoise(self, image, steps="auto", seed=0, detail=1.0, progress=None, parts=False):
@@ -103,30 +113,20 @@ class RnG:
         check(image, steps, seed, detail)
         if image.ndim == 3:
             of_one = self.denoise(image[None], steps, seed, detail, progress, parts)
-            return Parts(*(part if part is None else part[0] for part in of_one)) if parts else of_one[0]
+            return of_one.each(lambda part: part[0]) if parts else of_one[0]
         if image.shape[2] > WIDEST >= image.shape[1]:
             turned = self.denoise(image.swapaxes(1, 2), steps, seed, detail, progress, parts)
-            if not parts:
-                return turned.swapaxes(1, 2)
-            return Parts(*(part if part is None else part.swapaxes(1, 2) for part in turned))
+            return turned.each(lambda part: part.swapaxes(1, 2)) if parts else turned.swapaxes(1, 2)
         canvas = Canvas(image, parts is True)
         step_map = self.step_map(image, steps if detail else 0)
         tell = evaluations(progress, step_map)
-
-        def g(condition, d_t, gamma):
-            return tell(self.g(condition, d_t, gamma))
-
         for T, places, x in self.groups(image, step_map):
             x = x.to(self.device)                                                               # (N, 3, h, w)
             y_r = tell(self.reconstruct(x))                                                     # line 1
-            d_0 = torch.zeros_like(x)
-            if T:                                                                               # lines 2 to 5
-                noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
-                d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
-                d_0 = detail * d_0 / self.settings.residual_scale
-                if not d_0.abs().max() < DIVERGED:  # NaN too
-                    raise InputError(f"g has diverged in {T} steps; give --steps 0 or search a new schedule")
-            canvas.add(places, torch.cat([y_r + d_0, y_r, d_0], dim=1).cpu())                   # line 6
+            noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
+            d_0 = detail * self.generate(x, y_r, T, noise, tell)                                # lines 2 to 5
+            y = y_r + d_0                                                                       # line 6
+            canvas.add(places, torch.cat([y, y_r, d_0], dim=1).cpu())
         return Parts(canvas.image, canvas.recon, canvas.residual, step_map) if parts else canvas.image
 
     def step_map(self, image, steps):

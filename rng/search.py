@@ -11,7 +11,7 @@ import torch
 from rng import ddpm, folder, tiling
 from rng.controller import STEPS
 from rng.support.crops import cut
-from rng.support.errors import InputError
+from rng.support.errors import InputError, reading
 from rng.support.images import to_tensor
 from rng.support.noise import KINDS, add_noise, wide_mix
 
@@ -28,9 +28,9 @@ def lpips_of_each(lpips, y_hat, y):
 def search_schedule(model, lpips, x, y, ends, variance="paper", seed=0):
     """Sec. 3.1's "small grid search": the end point of 1 - alpha for each of 10, 20, ..., 100 steps.
 
-    model: an RnG with g. x, y: noisy and clean patches (N, 3, H, W) in [0, 1]. ends: the end points to try;
-    where others fit, those are left out that start noisier than g was trained, which shifts colours, or have
-    gamma_T above 0.1, which leaves grain.
+    model: an RnG with g. x, y: noisy and clean patches (N, 3, H, W) in [0, 1]. ends: the end points to try.
+    Ends whose gamma_T is below what g was trained on (colours shift) or above 0.1 (grain stays) are left out;
+    if none is left, the smallest end is taken.
     Yields (0, {}, None, LPIPS of r alone (N,)), then (steps, {end: mean LPIPS}, chosen end, its LPIPS (N,))
     for each step count.
     """
@@ -90,13 +90,11 @@ def read_labels(model_folder):
     """
     mine, labels = folder.made_with(model_folder), {}
     for path in sorted(model_folder.glob("step_labels*.jsonl")):
-        try:
+        with reading(f"{path} is damaged; remove it and run build_step_labels.py again"):
             text = path.read_text(errors="replace")
             found = [Label(**json.loads(line)) for line in text[:text.rfind("\n") + 1].splitlines()]
             if not all(map(_possible, found)):
                 raise ValueError("no label")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path} is damaged; remove it and run build_step_labels.py again") from error
         for key, name in (("gen", "gen.pt"), ("schedule", "schedule.json")):
             if any(getattr(label, key) != mine[key] for label in found):
                 raise InputError(f"{path} was made with another {name}; remove it and make labels again")

@@ -30,12 +30,6 @@ def places(size):
     return [extended[here:here + PATCH] for here in range(0, start + 1, STRIDE)]
 
 
-def split(image):
-    """image (C, H, W) -> list of patches (C, h, w), row by row; w and h are 256 but for the last ones."""
-    return [image[:, rows][:, :, columns] for rows in places(image.shape[-2])
-            for columns in places(image.shape[-1])]
-
-
 class Seam:
     """Joins neighbours along `dim` as they come: tensors of 256 pixels, the last fewer, overlapping by 32."""
 
@@ -59,13 +53,6 @@ def join(parts, dim):
     return torch.cat([*(seam.add(part) for part in parts), seam.tail], dim)
 
 
-def stitch(patches, height, width):
-    """List of patches, row by row -> image (C, height, width), the inverse of split."""
-    cols = count(width)
-    rows = [join(patches[start:start + cols], -1) for start in range(0, len(patches), cols)]
-    return join(rows, -2)[:, :height, :width]
-
-
 @lru_cache(maxsize=128)  # neighbouring patches share cells; 0.6 MB each
 def cell_noise(seed, key, row, col):
     """Standard normal noise of one 224-pixel cell of the picture's plane, (3, 224, 224) float32."""
@@ -81,7 +68,7 @@ class NoiseField(NamedTuple):
     """
 
     places: list         # (seed, row, col) of each patch, row and column of the grid
-    height: int = PATCH  # pixels, at most 256
+    height: int = PATCH  # pixels
     width: int = PATCH
     device: str = "cpu"
 
@@ -90,7 +77,7 @@ class NoiseField(NamedTuple):
 
     def of_patch(self, key, seed, row, col):
         """Standard normal noise (3, height, width) float32, cut from the cells that the patch touches."""
-        rows = range(row, row + 1 + (self.height > STRIDE))
-        cols = range(col, col + 1 + (self.width > STRIDE))
+        rows, cols = (range(first, first + math.ceil(side / STRIDE))
+                      for first, side in ((row, self.height), (col, self.width)))
         cells = [torch.cat([cell_noise(seed, key, r, c) for c in cols], 2) for r in rows]
         return torch.cat(cells, 1)[:, :self.height, :self.width]

@@ -16,6 +16,7 @@ import evaluate
 import train_controller
 import train_gen
 import train_recon
+from rng import tiling
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = {"train_recon": train_recon, "train_gen": train_gen, "evaluate": evaluate,
@@ -23,6 +24,19 @@ ALL = {"train_recon": train_recon, "train_gen": train_gen, "evaluate": evaluate,
 
 ALEXNET_CONVOLUTIONS = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
                         10: (256, 256, 3, 3)}
+
+
+def split(image):
+    """image (C, H, W) -> list of patches (C, h, w), row by row; w and h are 256 but for the last ones."""
+    return [image[:, rows][:, :, columns] for rows in tiling.places(image.shape[-2])
+            for columns in tiling.places(image.shape[-1])]
+
+
+def stitch(patches, height, width):
+    """List of patches, row by row -> image (C, height, width), the inverse of split."""
+    cols = tiling.count(width)
+    rows = [tiling.join(patches[start:start + cols], -1) for start in range(0, len(patches), cols)]
+    return tiling.join(rows, -2)[:, :height, :width]
 
 
 def write_random_alexnet(path):

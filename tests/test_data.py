@@ -113,7 +113,7 @@ def test_sidd_blocks_of_another_kind(tmp_path, name, blocks, says):
 
 
 def test_div2k_and_flickr2k(tmp_path, capsys):
-    div2k, flickr2k, test = ([data.Item(name, tmp_path / folder / f"{name}.png") for name in names]
+    div2k, flickr2k, test = ([data.Item(f"{name}.png", tmp_path / folder / f"{name}.png") for name in names]
                              for folder, *names in (("DIV2K_train_HR", "0001", "0800"),
                                                     ("Flickr2K_HR", "000001", "002650"),
                                                     ("DIV2K_valid_HR", "0801", "0900")))
@@ -126,7 +126,7 @@ def test_div2k_and_flickr2k(tmp_path, capsys):
 def test_div2k_goes_without_flickr2k_but_not_the_other_way(tmp_path, capsys):
     a, b = tmp_path / "a", tmp_path / "b"
     touch(a, "DIV2K_train_HR/0001.png")
-    assert [item.name for item in data.items("div2k", a, "train")] == ["0001"]
+    assert [item.name for item in data.items("div2k", a, "train")] == ["0001.png"]
     assert capsys.readouterr().err.startswith(f"note: {a / 'Flickr2K_HR'} is missing")
     touch(b, "Flickr2K_HR/1.png", "DIV2K/DIV2K_train_HR/1.png")
     message = refusal(data.items, "div2k", b, "train")

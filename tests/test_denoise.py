@@ -109,7 +109,8 @@ def test_16_bits_of_which_a_small_part_is_used(low, high, stars, capsys):
     pixels = np.random.default_rng(0).integers(low, high, (90, 80, 3), np.uint16)
     pixels[::19, 3][:stars] = 60000
     write_picture("in.tif", pixels)
-    assert run("in.tif", "out.tif") == 0
+    assert run("in.tif", "out.tif", "--compare", "crops.png") == 0
+    assert read_picture("crops.png").pixels[:60].std() > 20  # stretched, else black
     assert "note: in.tif: it uses a small part of its 16 bits: denoised over" in capsys.readouterr().err
     result, star = read_picture("out.tif").pixels, pixels == 60000
     assert (result[star] == 60000).all() and star.sum() == 3 * stars

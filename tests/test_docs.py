@@ -22,7 +22,7 @@ TINY = {
     "train_controller": f"{FEW} --c 2",
     "build_step_labels": "--patches 4 --size 64 --counts 0 10 --device cpu",
     "denoise": "--device cpu", "evaluate": "--limit 1 --sigma 25 --device cpu"}
-SMALL_PICTURES = "--centre-crop 64 --ends 0.02"  # at 0.3 an untrained g diverges
+SMALL_PICTURES = "--centre-crop 64 --ends 0.02"  # at 0.3 an untrained g adds noise alone
 
 
 def shell_lines(path):

@@ -125,7 +125,7 @@ def test_table(chain):
     assert re.match("Protocol: .*2 pictures.*not clipped.*PSNR on RGB", result.out)
     methods = ["ground truth", "noisy input", "r alone", "0 steps", "10 steps", "RnG",
                "best of these counts for each picture"]
-    rows, sigmas = result.rows, ("15.0", "50.0", "mean")
+    rows, sigmas = result.rows, ("15", "50", "mean")
     assert [row[:2] for row in rows] == [[sigma, method] for sigma in sigmas for method in methods]
     for truth, noisy, r, zero, ten, chosen, best in (rows[i:i + 7] for i in (0, 7, 14)):
         assert truth[-1] == noisy[-1] == "-" and [row[-1] for row in (r, zero, ten)] == ["0.0", "0.0", "10.0"]
@@ -166,10 +166,11 @@ def test_labels_go_on_after_a_torn_line(label, model):
     assert "patch" not in label(5).err + label(3).err and search.read_labels(model) == whole
 
 
-def test_labels_of_a_model_that_ships_lie_beside_it(label, model, monkeypatch):
+@pytest.mark.parametrize("command", ["build_step_labels", "train_controller", "evaluate --search-schedule"])
+def test_a_model_that_ships_stays_as_it_is(command, chain, model, monkeypatch):
     monkeypatch.setattr(folder, "WEIGHTS", Path("weights"))
     shutil.move(model, "weights/shipped")
-    assert label(1, "--model", "shipped").code == 0 and len(labels_of(Path("weights/shipped"))) == 1
+    assert "no model shipped; name its folder" in refused(chain, *command.split(), "--model", "shipped")
 
 
 def test_ties_go_to_the_smaller_step(chain, model):
@@ -421,7 +422,7 @@ def test_s_does_not_go_on_with_other_labels(change, chain, model):
     assert result.code == 0 and "going on at iteration 4" in result.err
     write_labels(model, found)
     message = refused(chain, "train_controller")
-    assert "label-set (3 labels, hash " in message and f"now {len(found)} labels, hash " in message
+    assert "label-set (was 3 labels, hash " in message and f"now {len(found)} labels, hash " in message
 
 
 @pytest.mark.parametrize("seed", range(20))

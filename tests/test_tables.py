@@ -69,7 +69,7 @@ def test_saved_pictures_scored_as_outputs_give_the_same_row(options, shape, run,
     again = run(*options, "--outputs", "copy=saved/r alone", "truth=saved/ground truth").rows
     second = {tuple(row[:2]): row[2:] for row in again}
     assert len(first) == 3 * 5 and len(again) == 3 * 7 and second | first == second
-    for sigma in ("25.0", "50.0", "mean"):
+    for sigma in ("25", "50", "mean"):
         assert second[sigma, "copy"] == [*first[sigma, "r alone"][:4], "-"]
         assert second[sigma, "truth"] == first[sigma, "ground truth"]
     assert read_rgb(tmp_path / "saved" / "ground truth" / "50" / "p1.png").shape == shape
@@ -111,7 +111,7 @@ def test_pictures_of_one_stem_cannot_be_saved_or_compared(option, run, tmp_path,
 def test_outputs_for_the_whole_set_do_for_a_part_of_it(run, other):
     options = "--limit", 1, "--centre-crop", 64, "--outputs", f"other={other}"
     rows = run(*options).rows
-    assert rows[-1][:3] == ["25.0", "other", "0.0000"]
+    assert rows[-1][:3] == ["25", "other", "0.0000"]
     (other / "p1.png").unlink()
     assert run(*options).rows == rows
     shutil.copy(other / "p0.png", other / "q.png")

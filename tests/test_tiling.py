@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import split, stitch
 from rng import tiling
 
 CORNERS = [1, 2, 12, 31, 32, 33, 224, 255, 256, 257, 268, 289, 479, 480, 481, 704]
@@ -53,22 +54,22 @@ def literal_stitch(patches, height, width):
 @pytest.mark.parametrize("height, width", SIZES)
 def test_stitch_inverts_split_bit_for_bit(height, width):
     image = random_image(height, width)
-    patches = tiling.split(image)
+    patches = split(image)
     assert [patch.shape for patch in patches] == [(1, h, w) for h in sides(height) for w in sides(width)]
     assert tiling.count(height) * tiling.count(width) == len(patches)
-    assert torch.equal(tiling.stitch(patches, height, width), image)
+    assert torch.equal(stitch(patches, height, width), image)
 
 
 @pytest.mark.parametrize("height, width", SIZES[::10] + [(200, 100), (704, 704), (257, 257)])
 def test_stitch_drops_12_and_averages_8_pixel_for_pixel(height, width):
     patches = random_patches(height, width)
-    image = tiling.stitch(patches, height, width).numpy()
+    image = stitch(patches, height, width).numpy()
     assert np.abs(image - literal_stitch(patches, height, width)).max() < 1e-6
 
 
 def test_corner_where_four_patches_meet():
     one, two, three, four = (torch.full((3, 256, 256), value) for value in (0.0, 1.0, 10.0, 100.0))
-    image = tiling.stitch([one, two, three, four], 480, 480)[0]
+    image = stitch([one, two, three, four], 480, 480)[0]
     assert (image[:236, :236] == 0).all() and (image[:236, 244:] == 1).all()
     assert (image[244:, :236] == 10).all() and (image[244:, 244:] == 100).all()
     assert (image[:236, 236:244] == 0.5).all() and (image[236:244, :236] == 5).all()
@@ -81,7 +82,7 @@ def test_split_extends_by_reflection(height, width):
     image = random_image(height, width, 3)
     pad = [(0, 224 * (len(sides(size)) - 1) + sides(size)[-1] - size) for size in (height, width)]
     padded = np.pad(image.numpy(), [(0, 0), *pad], mode="reflect")
-    for i, patch in enumerate(tiling.split(image)):
+    for i, patch in enumerate(split(image)):
         y, x = (224 * place for place in divmod(i, tiling.count(width)))
         assert np.array_equal(patch, padded[:, y:y + 256, x:x + 256])
 
@@ -95,7 +96,7 @@ def test_band_by_band_is_the_whole(height, width):
         assert sum(band.shape[1] for band in bands) >= 224 * (start // cols)
     image = torch.cat([*bands, seam.tail], 1)
     assert image.shape == (2, len(weights(height)[0]), width)
-    assert torch.equal(image[:, :height], tiling.stitch(patches, height, width))
+    assert torch.equal(image[:, :height], stitch(patches, height, width))
 
 
 def noise_at(key, *place):
@@ -134,4 +135,5 @@ def test_noise_is_a_function_of_its_arguments():
     for i, j in reversed(list(np.ndindex(3, 3))):
         assert torch.equal(noise_at(keys[i], *places[j]), first[i][j])
         assert torch.equal(tiling.NoiseField([places[j]], 240, 64)(keys[i])[0], first[i][j, :, :240, :64])
+        assert torch.equal(tiling.NoiseField([places[j]], 500, 9)(keys[i])[0, :, :256], first[i][j, :, :, :9])
     assert torch.equal(torch.get_rng_state(), state)

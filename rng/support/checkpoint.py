@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rng.support.errors import InputError, replacing
+from rng.support.errors import InputError, reading, replacing
 
 
 def save_atomic(path, content):
@@ -23,15 +23,13 @@ def load(path):
     """torch.load with weights_only=True: no code in the file can run; InputError if missing or damaged."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train it first (README, Train) or name another folder")
-    try:
+    with reading(f"{path} is damaged or not ours; fetch or train it again"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 # torch.load ignores the checksums: a flipped bit would be another weight
                 if file.testzip():
                     raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} is damaged or not ours; fetch or train it again") from error
 
 
 def as_stored(network):
@@ -70,18 +68,12 @@ def load_weights(path, kind):
 
 def rebuild(path, make, config, state_dict, *trial):
     """make(**config) with state_dict as parameters, in eval mode; InputError unless it runs on `trial`."""
-    try:
+    with reading(f"{path} does not hold the network it should, or weights that are not finite; "
+                 "fetch or train it again"), torch.no_grad():
         with torch.device("meta"):  # takes no memory, whatever the sizes in config
-            shapes = {name: tensor.shape for name, tensor in make(**config).state_dict().items()}
-        if shapes != {name: tensor.shape for name, tensor in state_dict.items()}:
-            raise ValueError("other shapes")
-        network = make(**config)
-        network.load_state_dict(state_dict)
-        with torch.no_grad():
-            out = network.eval()(*trial)
+            network = make(**config)
+        network.load_state_dict(state_dict, assign=True)  # refuses other names and shapes
+        out = network.float().eval()(*trial)
         if not all(tensor.isfinite().all() for tensor in (*network.state_dict().values(), out)):
             raise ValueError("not finite")
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} does not hold the network it should, or weights that are not finite; "
-                         "fetch or train it again") from error
     return network

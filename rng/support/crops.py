@@ -56,7 +56,7 @@ class Crops(torch.utils.data.IterableDataset):
         self.sets, self.size, self.batch, self.mix, self.seed = sets, size, batch, mix, seed
         self.start, self.stop, self.draw, self.part, self.parts = start, stop, draw, part, parts
         ends = places_of(weights, batch)
-        self.slots = [(s, i - ends[s], ends[s + 1] - ends[s])  # of each sample: set, place, places in all
+        self.slots = [(s, i - ends[s], ends[s + 1] - ends[s])  # (set, place in its share, its share)
                       for s in range(len(sets)) for i in range(ends[s], ends[s + 1])]
         self.fits = [_decoded_bytes(items) <= CACHE_BYTES for items in sets]
         self.held, self.unreadable, self.left_out = {}, set(), []
@@ -181,17 +181,22 @@ class Stream:
             raise InputError(f"--batch {args.batch} has no place for one of the data sets; give a larger one "
                              "or another --weight")
         self.sets, self.held_out = training_sets(args.data, args.root, args.validation)
-        self.pictures = [[item.name for item in some] for some in self.sets]
+        self.pictures, self.left_out = [[item.name for item in some] for some in self.sets], []
         self.mix = wide_mix if args.noise == "wide" else NoiseMix(args.sigma, args.camera, args.clip_noisy)
 
     def __call__(self, start, stop):
         args = self.args
         crops = Crops(self.sets, self.weights, args.crop, args.batch, self.mix, args.seed, start, stop,
                       self.draw, rank(), world_size())
-        return batches(crops, args.workers)
+        for batch in batches(crops, args.workers):
+            batch["left_out"] += self.left_out
+            self.left_out = []
+            yield batch
 
     def validation(self, mix=None):
         """--validation crops of held-out pictures, the same at every call, with training's noise or `mix`."""
         args, mix = self.args, mix or self.mix
-        return next(iter(Crops(self.held_out, self.weights, args.crop, args.validation, mix, args.seed,
-                               VALIDATION, VALIDATION + 1, self.draw)))
+        batch = next(iter(Crops(self.held_out, self.weights, args.crop, args.validation, mix, args.seed,
+                                VALIDATION, VALIDATION + 1, self.draw)))
+        self.left_out += batch["left_out"]
+        return batch

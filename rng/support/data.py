@@ -12,7 +12,7 @@ import scipy.io
 import skimage
 
 from rng.support.device import rank
-from rng.support.errors import InputError, number
+from rng.support.errors import InputError, number, reading
 from rng.support.images import EXTENSIONS, read_rgb
 
 NAMES = ("sidd", "div2k", "pairs", "images", "sample")
@@ -67,7 +67,8 @@ def left_out(folder):
     folders = sum(path.is_dir() for path in others)
     endings = Counter(path.suffix.lower() or "no ending" for path in others if not path.is_dir())
     listed = ", ".join(f"{n} {ending}" for ending, n in endings.items())
-    parts = [f"{len(others) - folders} files: {listed}"] if endings else []
+    files = len(others) - folders
+    parts = [f"{files} file{'s' * (files > 1)}: {listed}"] if files else []
     parts += [f"{folders} folder{'s' * (folders > 1)}"] if folders else []
     return f" ({'; '.join(parts)})" if parts else ""
 
@@ -96,10 +97,8 @@ def _sidd_test(root):
         path = root / f"{name}.mat"
         if not path.is_file():
             raise _missing(root, path.name, "", SIDD, "https://www.eecs.yorku.ca/~kamel/sidd/")
-        try:
+        with reading(f"{path} is damaged or has no variable {name}; fetch it again"):
             blocks.append(scipy.io.loadmat(path)[name])
-        except Exception as error:  # a damaged file fails in many ways
-            raise InputError(f"{path} is damaged or has no variable {name}; fetch it again") from error
         if blocks[-1].dtype != np.uint8 or blocks[-1].ndim != 5 or blocks[-1].shape != blocks[0].shape:
             raise InputError(f"{path}: {name} should be uint8 (scenes, blocks, 256, 256, 3) in both files; "
                              "fetch it again")
@@ -111,7 +110,7 @@ def _sidd_test(root):
 def _div2k(root, folders):
     items = []
     for folder in folders:
-        found = [Item(path.stem, path) for path in pictures_in(root / folder)]
+        found = [Item(path.name, path) for path in pictures_in(root / folder)]
         if not found and items:
             _note(f"{root / folder} is missing or holds no pictures; going on with DIV2K alone")
         elif not found:

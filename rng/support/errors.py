@@ -1,4 +1,4 @@
-"""Errors that a user can mend, options that name themselves in them, files written whole or not at all."""
+"""Errors that a user can mend, an option parser that raises them, files written whole or not at all."""
 
 import argparse
 import functools
@@ -49,6 +49,9 @@ def script(main):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
             return 141
+        except OSError as error:  # a name that is too long, a disk that is gone
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
     return wrapped
 
@@ -70,13 +73,29 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+@contextmanager
+def reading(sentence):
+    """Whatever goes wrong in its block becomes an InputError: a damaged file fails in many ways."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(sentence) from error
+
+
+@contextmanager
+def writing(path, advice="name another"):
+    """An OSError in its block becomes an InputError that says why `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot write {path}: {reason}; {advice}") from error
+
+
 def make_folder(folder):
     """Creates a folder and its parents where they are missing."""
-    try:
+    with writing(f"the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror.lower()
-        raise InputError(f"cannot create the folder {folder}: {reason}; name another") from error
 
 
 @contextmanager
@@ -100,19 +119,12 @@ def replacing(path, keep=True):
 
 def write_text(path, text):
     """Writes a text file, whole or not at all; InputError if it cannot be written."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        reason = error.strerror.lower()
-        raise InputError(f"cannot write {path}: {reason}; name a file in a folder that exists") from error
+    with writing(path, "name a file in a folder that exists"), replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def append_line(path, text):
-    """Adds a line to a text file; InputError if the disk is full, then what is left of it has no line end."""
-    try:
+    """Adds a line to a text file. On a full disk (InputError) part of it may remain, without a line end."""
+    with writing(path, "make space, the same command goes on"):
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(text + "\n")
-    except OSError as error:
-        reason = error.strerror.lower()
-        raise InputError(f"{path} not written ({reason}); make space, the same command goes on") from error

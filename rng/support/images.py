@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from rng.support import formats, metadata
-from rng.support.errors import InputError, replacing
+from rng.support.errors import InputError, replacing, writing
 
 PEAK = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}  # white
 EXTENSIONS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF",
@@ -67,7 +67,7 @@ def read_picture(path):
 
 
 def _load(path, file, kind, frame=0, what=""):
-    """Pillow's image; what: names the kind of picture, for the error if Pillow does not know it."""
+    """Pillow's image. what: description used in the error message."""
     file.seek(0)
     try:
         image = Image.OPEN[kind][0](file, "")
@@ -190,14 +190,11 @@ def check_writable(path, shape=None):
         raise InputError(f"cannot write {path}: its name must end in one of {', '.join(EXTENSIONS)}")
     if shape and max(shape[:2]) > MAX_SIDE.get(kind, MAX_PIXELS):
         raise InputError(f"cannot write {path}: {kind} ends at {MAX_SIDE[kind]} pixels a side; take .png")
-    try:
+    with writing(path, "name a file in a folder that exists"):
         with suppress(FileNotFoundError):
             open(path, "r+b").close()       # fails for a folder, a read-only file and a name that is too long
         with replacing(path, keep=False) as temporary:
             temporary.touch()
-    except OSError as error:
-        reason = f"{error.strerror.lower()}; name a file in a folder that exists"
-        raise InputError(f"cannot write {path}: {reason}") from error
 
 
 def to_tensor(pixels):

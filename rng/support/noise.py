@@ -66,7 +66,7 @@ def equal_noise(clean, sigma, generator):
 
 
 def grain(clean, sigma, radius, colour, generator):
-    """Gaussian noise correlated over about `radius` pixels, like a film's; else as gaussian_noise.
+    """Gaussian noise correlated over about `radius` pixels, as in film; clean and sigma as in gaussian_noise.
 
     radius: std of its Gaussian window; colour: independent in R, G and B, else the same in all.
     """

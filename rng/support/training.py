@@ -13,7 +13,7 @@ import torch
 
 from rng.support import checkpoint, device
 from rng.support.checkpoint import fingerprint
-from rng.support.errors import InputError, append_line, make_folder, number, write_text
+from rng.support.errors import InputError, append_line, make_folder, number, reading, write_text
 
 REPORT_EVERY = 50  # iterations
 # Options that may change when a training goes on: they do not change what is learned, but for rounding on
@@ -70,7 +70,7 @@ def add_run_arguments(parser):
     add("--save-every", type=number(int, 1), default=1000,
         help="iterations between validation and checkpoint (default: 1000)")
     add("--compile", action="store_true",
-        help="torch.compile: faster where much lies between the convolutions; needs a C++ compiler")
+        help="torch.compile: faster for networks of many small operations, such as r; needs a C++ compiler")
 
 
 def add_crop_arguments(parser, presets):
@@ -157,7 +157,7 @@ class Run:
                 signal.signal(which, handler)
 
     def check(self, loss, norm):
-        """InputError unless the loss, meant over all processes, and the norm of its gradient are finite."""
+        """InputError unless the loss, averaged over all processes, and its gradient's norm are finite."""
         # a signal to one process stops all of them, at the same iteration
         loss, self.stopping = device.mean([loss.item(), float(self.signal is not None)], self.device)
         for what, value in (("loss", loss), ("gradient", norm.item())):
@@ -169,7 +169,7 @@ class Run:
         self.losses.append(loss)
 
     def ended(self):
-        """Ends an iteration -> whether to report and save: every --save-every iterations, before a stop."""
+        """Counts the iteration -> whether to save: every --save-every, at the end, and before a stop."""
         self.iteration += 1
         if device.rank() > 0:
             return False
@@ -196,7 +196,7 @@ class Run:
         return info | {"settings": self.settings}
 
     def save(self):
-        """Writes the state to resume from, last: after a kill the same iterations write the same weights."""
+        """Writes the state to resume from, after the weights: a kill in between only repeats iterations."""
         state = {"settings": self.settings, "iteration": self.iteration, "pictures": self.pictures,
                  "left_out": self.left_out, "optimizer": self.optimizer.state_dict()}
         for name, (network, averaged) in self.networks.items():
@@ -210,13 +210,13 @@ class Run:
         if not isinstance(state, dict) or not fields <= state.keys():
             raise InputError(f"{self.last} is not the state of this training; remove it, or name a new "
                              "--model folder")
-        try:
+        with reading(f"{self.last} is damaged; remove it, or name a new --model folder"):
             before, self.left_out = state["settings"], dict(state["left_out"])
             readable = [[[name for name in some if name not in self.left_out] for some in pictures]
                         for pictures in (state["pictures"], self.pictures)]
             if readable[0] == readable[1]:  # of the rest some may be gone
                 before = before | {"pictures": self.settings.get("pictures")}
-            differences = [f"{key.replace('_', '-')} ({before.get(key)}, now {now})"
+            differences = [f"{key.replace('_', '-')} (was {before.get(key)}, now {now})"
                            for key, now in self.settings.items() if before.get(key) != now]
             if not differences:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -224,22 +224,18 @@ class Run:
                     network.load_state_dict(state[name]["weights"])
                     averaged.load_state_dict(state[name]["averaged"])
                 self.iteration = int(state["iteration"])
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{self.last} is damaged; remove it, or name a new --model folder") from error
         if differences:
-            raise InputError(f"{self.last} was made with another {', '.join(differences)}; "
+            raise InputError(f"{self.last} differs in {', '.join(differences)}; "
                              "use the same settings, or a new --model folder to start afresh")
         print(f"{self.last}: going on at iteration {self.iteration}", file=sys.stderr)
 
     def _trim_log(self):
         """Drops what was logged after the checkpoint: it happens again."""
         if self.log_path.exists():
-            try:
+            with reading(f"{self.log_path} is damaged; remove it, or the bad line"):
                 lines = self.log_path.read_text().splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n")
                         and json.loads(line)["iteration"] <= self.iteration]
-            except (ValueError, LookupError, TypeError) as error:
-                raise InputError(f"{self.log_path} is damaged; remove it, or the bad line") from error
             write_text(self.log_path, "".join(kept))
 
     def _stop(self, which, frame):
