@@ -1,9 +1,11 @@
 """The README and docs/: their commands run, and the names, tests and files they speak of exist."""
 
+import ast
 import functools
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import pytest
 import scipy.io
 from helpers import ALL, ROOT, call, picture, write_random_alexnet
 
+from rng import figures
+from rng.nafnet import NAFNet
+from rng.support.checkpoint import save_weights
 from rng.support.errors import Parser
 
 
@@ -22,12 +27,19 @@ TINY = {
     "train_controller": f"{FEW} --c 2",
     "build_step_labels": "--patches 4 --size 64 --counts 0 10 --device cpu",
     "denoise": "--device cpu", "evaluate": "--limit 1 --sigma 25 --device cpu"}
+SETS = ("CBSD68 bsd432 photos scenes objects graphics FOLDER/noisy FOLDER/clean "
+        "polyu-train/noisy polyu-train/clean polyu-test/noisy polyu-test/clean")
 SMALL_PICTURES = "--centre-crop 64 --ends 0.02"  # at 0.3 an untrained g adds noise alone
 
 
 def shell_lines(path):
-    """The commands of a page: its lines in backticks and in blocks, with the shell's variables put in."""
-    text = path.read_text()
+    """The commands of a page: its lines in backticks and in blocks, with the shell's variables put in.
+
+    Python handed to `python -` becomes one line, `exec` and the code's repr. torchrun becomes python.
+    """
+    text = re.sub("^python - <<'END'\n(.*?)^END$", lambda found: f"exec {found[1]!r}", path.read_text(),
+                  flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^torchrun .*?(\w+\.py)", r"python \1", text, flags=re.MULTILINE)
     variables = re.findall(r'^(\w+)="(.*)"$|^for (\w+) in (\w+)', text, re.MULTILINE)
     for of_shell, value, of_loop, first in variables:
         text = text.replace(f"${of_shell or of_loop}", value or first)
@@ -82,8 +94,8 @@ def world(tmp_path, monkeypatch):
         for seed, kind in enumerate(("GT", "NOISY")):
             scene = Path(f"datasets/sidd/SIDD_Medium_Srgb/Data/000{n}_00{n}_S6")
             picture(scene / f"000{n}_{kind}_SRGB_010.PNG", seed=seed)
-        for place in "DIV2K_train_HR", "Flickr2K_HR", "../../CBSD68", "../../bsd432", "../../photos":
-            picture(Path("datasets/div2k", place, f"{n}.png"), seed=n)
+        for place in "datasets/div2k/DIV2K_train_HR", "datasets/div2k/Flickr2K_HR", *SETS.split():
+            picture(Path(place, f"{n}.png"), seed=n)
     picture(Path("datasets/div2k/DIV2K_valid_HR/0.png"), 260, 260)
     blocks = np.random.default_rng(0).integers(0, 256, (2, 1, 1, 256, 256, 3), np.uint8)
     for name, of_one in zip(("ValidationGtBlocksSrgb", "ValidationNoisyBlocksSrgb"), blocks):
@@ -91,20 +103,33 @@ def world(tmp_path, monkeypatch):
     for name in "noisy.png", "noisy.jpg", "tests/data/noisy.png":
         picture(Path(name))
     picture(Path("results/restormer/00_00.png"), 256, 256)
+    Path("rng").symlink_to(ROOT / "rng")
+    Path("runs/sidd").mkdir(parents=True)
+    r = NAFNet(4, [1], 1, [1])
+    save_weights(Path("runs/sidd/recon.pt"), "recon", r.config, r, {})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md"])
-def test_documented_commands_run(page, world):
+@pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md", "docs/model_card.md",
+                                  "docs/performance.md", "docs/exercises.md"])
+def test_documented_commands_run(page, world, monkeypatch):
     """In their order, as they stand, but for tiny networks and pictures."""
+    monkeypatch.setattr(figures, "STEPS", (0, 10))  # of Fig. 3
     for line in shell_lines(ROOT / page):
         if re.match("(mkdir|cp) ", line):
             subprocess.run(line, shell=True, check=True)
+        elif line.startswith("exec "):
+            exec(ast.literal_eval(line.removeprefix("exec ")), {})
+        elif line.startswith("grow "):  # the model card's deeper r, here the same
+            start, end = map(Path, line.split()[1:3])
+            end.parent.mkdir()
+            shutil.copy(start, end)
         if not re.match(r"python \w+\.py\b", line):
             continue
         line = re.sub(r"--steps \d[\d ]*", "--steps 5 ", line).replace("/100 steps", "/5 steps")
         _, script, *args = shlex.split(line, comments=True)
         script = script.removesuffix(".py")
-        tiny = TINY[script].split()
+        tiny = [*TINY[script].split(), *(("--crop", "48") if "--finish" in args else ()),
+                *(("--batch", "16") if "--weight" in args and script.startswith("train") else ())]
         if script == "evaluate" and "--steps" not in args:
             tiny += ["--steps", "5"]
         if {"--search-schedule", "--figures", "--plot"} & set(args):
