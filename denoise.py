@@ -5,7 +5,7 @@
     python denoise.py noisy.jpg clean.png --save-parts parts --compare crops.png
 
 PNG, JPEG, TIFF and WebP; the extension of OUT names the format. Grey, alpha, 16 bits, EXIF data and colour
-profile stay where that format can hold them; what it cannot hold is said in a note.
+profile are kept where that format can store them; a note names what it cannot store.
 """
 
 import argparse

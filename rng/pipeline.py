@@ -82,15 +82,16 @@ class RnG:
         """What g sees: x (the paper), r(x) (Table 1), or both, concatenated."""
         return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[self.settings.condition]
 
-    def generate(self, x, y_r, T, noise, tell=lambda y: y):
-        """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units.
-
-        tell: called with each output of g, returns it. InputError if g has diverged.
-        """
+    def generate(self, x, y_r, T, noise):
+        """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units, as in denoise."""
         if T == 0:
             return torch.zeros_like(x)
-        d_0 = self.sample(lambda *inputs: tell(self.g(*inputs)), self.condition(x, y_r),
-                          self.schedules.of(T), noise) / self.settings.residual_scale
+        d_0 = self.sample(self.g, self.condition(x, y_r), self.schedules.of(T), noise)
+        return self.unscaled(d_0, T)
+
+    def unscaled(self, d_0, T):
+        """d_0 as g made it in T steps -> in [0, 1] units; InputError if g has diverged."""
+        d_0 = d_0 / self.settings.residual_scale
         if not d_0.abs().max() < DIVERGED:  # NaN too
             raise InputError(f"g has diverged in {T} steps; give --steps 0 or search a new schedule")
         return d_0
@@ -120,11 +121,18 @@ class RnG:
         canvas = Canvas(image, parts is True)
         step_map = self.step_map(image, steps if detail else 0)
         tell = evaluations(progress, step_map)
+
+        def g(condition, d_t, gamma):
+            return tell(self.g(condition, d_t, gamma))
+
         for T, places, x in self.groups(image, step_map):
             x = x.to(self.device)                                                               # (N, 3, h, w)
             y_r = tell(self.reconstruct(x))                                                     # line 1
-            noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
-            d_0 = detail * self.generate(x, y_r, T, noise, tell)                                # lines 2 to 5
+            d_0 = torch.zeros_like(x)
+            if T:                                                                               # lines 2 to 5
+                noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
+                d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
+                d_0 = detail * self.unscaled(d_0, T)
             y = y_r + d_0                                                                       # line 6
             canvas.add(places, torch.cat([y, y_r, d_0], dim=1).cpu())
         return Parts(canvas.image, canvas.recon, canvas.residual, step_map) if parts else canvas.image

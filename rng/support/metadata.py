@@ -1,7 +1,7 @@
-"""What a picture file holds beside its pixels: a new file gets what it can hold, a note names the rest.
+"""What a picture file has beside its pixels: a new file gets what it can store, a note names the rest.
 
-It travels as a dict by the names that notes use: bytes, but for "EXIF data" ({tag: value}, a group's under
-its own), "resolution" (dots per inch, across and down), "text" and "colour chunks" (of PNG: [(name, data)]).
+A dict whose keys are the names shown in notes. Values are bytes, but for "EXIF data" ({tag: value}, a group's
+under its own), "resolution" (dots per inch, across and down), "text" and "colour chunks" ([(name, data)]).
 """
 
 import re
