@@ -86,8 +86,7 @@ class RnG:
         """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units, as in denoise."""
         if T == 0:
             return torch.zeros_like(x)
-        d_0 = self.sample(self.g, self.condition(x, y_r), self.schedules.of(T), noise)
-        return self.unscaled(d_0, T)
+        return self.unscaled(self.sample(self.g, self.condition(x, y_r), self.schedules.of(T), noise), T)
 
     def unscaled(self, d_0, T):
         """d_0 as g made it in T steps -> in [0, 1] units; InputError if g has diverged."""
@@ -148,10 +147,9 @@ class RnG:
         return step_map
 
     def groups(self, image, step_map):
-        """Yields (T, places, x) for the patches with the same step count and shape, x (N, 3, h, w) in [0, 1].
+        """Yields (T, places, x) for patches of one step count and shape: (n, row, column), (N, 3, h, w).
 
-        places: (n, row, column). They come from the top of the first picture downwards, out of one row of the
-        grid, or of as many as fill a batch.
+        They come from the top of the first picture downwards, out of as many rows as fill a batch.
         """
         rows = [(n, row) for n in range(len(image)) for row in range(step_map.shape[1])]
         together = max(1, self.batch // step_map.shape[2])
@@ -182,10 +180,7 @@ class RnG:
 
 
 class Canvas:
-    """The pictures, stitched from the top while patches arrive, so that none is ever in float as a whole.
-
-    image: what is denoised, (N, H, W, 3); with parts r(x) and the residual are kept too.
-    """
+    """The pictures (N, H, W, 3), stitched from the top while patches arrive: none is in float as a whole."""
 
     def __init__(self, image, parts):
         self.image = np.empty_like(image)
