@@ -93,10 +93,12 @@ def main(argv=None):
 def protocol(args, model, some, sigmas, side, scored):
     """A line that says how the numbers below it were made. side: of a centre crop, or None. scored: how."""
     part = f"centre {side} x {side}" if side else "whole images"
-    added = "Gaussian noise, RGB, numpy seed 0 for each image"
-    added = "noise drawn by each image's name" if args.noise else added
-    added += ", clipped and 8-bit" if args.clip_noisy else "" if args.noise else ", float, not clipped"
-    added = "real noise" if sigmas == [None] else added
+    kept = "clipped and 8-bit" if args.clip_noisy else "float, not clipped"
+    added = f"Gaussian noise, RGB, numpy seed 0 for each image, {kept}"
+    if sigmas == [None]:
+        added = "real noise"
+    elif args.noise:
+        added = "noise drawn by each image's name" + f", {kept}" * args.clip_noisy
     return (f"Protocol: model {args.model}, precision {args.precision} on {model.device}; {len(some)} "
             f"pictures of {args.data}, {part}; {added}; {scored}; seed {args.seed}.")
 
@@ -120,10 +122,6 @@ def pictures(method, args, model, clean, noisy, theirs):
         return clean if method.kind == "truth" else to_8_bit(noisy), no_steps
     parts = model.denoise(noisy, method.steps, args.seed, method.detail, parts="steps")
     return to_8_bit(parts.image), parts.steps.mean(axis=(1, 2))
-
-
-def named(sigma):  # in the first column
-    return "-" if sigma is None else sigma if isinstance(sigma, str) else f"{sigma:g}"
 
 
 def score(args, model, some, every, sigmas):
@@ -177,7 +175,7 @@ def score(args, model, some, every, sigmas):
     for sigma, method, *values in rows:
         cells = ["-" if np.isnan(value) else f"{value:.{digits}f}"
                  for value, digits in zip(values, (4, 3, 2, 4, 1))]
-        print(f"| {named(sigma)} | {method.name} | " + " | ".join(cells) + " |")
+        print(f"| {scoring.named(sigma)} | {method.name} | " + " | ".join(cells) + " |")
     if without_niqe:
         print("\nNIQE has no value for these, flat or under two blocks of 96 pixels: "
               f"{', '.join(without_niqe)}")
@@ -186,12 +184,12 @@ def score(args, model, some, every, sigmas):
         nearest = min(fixed, key=lambda steps: abs(steps - chosen[0]))
         print(f"\nThe fixed count nearest to RnG's mean of {chosen[0]:.1f} steps: {nearest:g} steps.")
     table = io.StringIO()
-    lines = [(named(sigma), method.name, *values) for sigma, method, *values in rows]
+    lines = [(scoring.named(sigma), method.name, *values) for sigma, method, *values in rows]
     csv.writer(table, lineterminator="\n").writerows([header, *lines])
     write_text(args.csv, table.getvalue())
     if args.plot:
         shown = [row for row in last if row.method.kind not in ("noisy", "truth") and np.isfinite(row.psnr)]
-        title = "" if sigmas == [None] else f"{header[0]} {named(last[0].sigma)}"
+        title = "" if sigmas == [None] else f"{header[0]} {scoring.named(last[0].sigma)}"
         write_picture(args.plot, np.asarray(figures.perception_distortion(shown, title)))
 
 

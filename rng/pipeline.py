@@ -14,7 +14,7 @@ from rng.support.images import PEAK, to_pixels, to_tensor
 BATCH = {"cpu": 1, "cuda": 64}  # 256-pixel patches per call; a CPU's caches hold no more, a GPU wants many
 WIDEST = 16384  # pixels; a row of patches of a wider picture would need more than 1.5 GB
 FLOATS = -8, 8  # what float pictures may hold: [0, 1] and the noise, but not values up to 255
-DIVERGED = 1e4  # limit of |d_0| in [0, 1] units: an untrained g reaches some hundreds
+DIVERGED = 100  # limit of |d_0| in [0, 1] units: even a g that is hardly trained stays below
 
 
 class Parts(NamedTuple):
@@ -88,10 +88,10 @@ class RnG:
             return torch.zeros_like(x)
         return self.unscaled(self.sample(self.g, self.condition(x, y_r), self.schedules.of(T), noise), T)
 
-    def unscaled(self, d_0, T):
-        """d_0 as g made it in T steps -> in [0, 1] units; InputError if g has diverged."""
+    def unscaled(self, d_0, T, limit=float("inf")):
+        """d_0 as g made it in T steps -> in [0, 1] units; InputError unless it is finite and under limit."""
         d_0 = d_0 / self.settings.residual_scale
-        if not d_0.abs().max() < DIVERGED:  # NaN too
+        if not d_0.abs().max() < limit:  # NaN too
             raise InputError(f"g has diverged in {T} steps; give --steps 0 or search a new schedule")
         return d_0
 
@@ -131,7 +131,7 @@ class RnG:
             if T:                                                                               # lines 2 to 5
                 noise = tiling.NoiseField([(seed, *place[1:]) for place in places], *x.shape[2:], self.device)
                 d_0 = self.sample(g, self.condition(x, y_r), self.schedules.of(T), noise)
-                d_0 = detail * self.unscaled(d_0, T)
+                d_0 = detail * self.unscaled(d_0, T, DIVERGED)
             y = y_r + d_0                                                                       # line 6
             canvas.add(places, torch.cat([y, y_r, d_0], dim=1).cpu())
         return Parts(canvas.image, canvas.recon, canvas.residual, step_map) if parts else canvas.image

@@ -88,9 +88,14 @@ def together(stack):
     return some, np.stack(clean), np.stack(noisy)
 
 
+def named(sigma):
+    """A sigma, or kind of noise, as the table and the folders name it."""
+    return "-" if sigma is None else sigma if isinstance(sigma, str) else f"{sigma:g}"
+
+
 def sigma_folder(folder, sigma, sigmas):
     """Where the pictures of one sigma lie: the folder itself, or DIR/15, DIR/grain, ... for several."""
-    return folder / (sigma if isinstance(sigma, str) else f"{sigma:g}") if len(sigmas) > 1 else folder
+    return folder / named(sigma) if len(sigmas) > 1 else folder
 
 
 def named_folders(texts, reserved):

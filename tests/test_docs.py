@@ -29,7 +29,7 @@ TINY = {
     "denoise": "--device cpu", "evaluate": "--limit 1 --sigma 25 --device cpu"}
 SETS = ("CBSD68 bsd432 photos scenes objects graphics FOLDER/noisy FOLDER/clean "
         "polyu-train/noisy polyu-train/clean polyu-test/noisy polyu-test/clean")
-SMALL_PICTURES = "--centre-crop 64 --ends 0.02"  # at 0.3 an untrained g adds noise alone
+SMALL_PICTURES = "--centre-crop 64 --ends 0.02"  # at 0.3 an untrained g diverges
 
 
 def shell_lines(path):

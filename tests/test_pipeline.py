@@ -122,7 +122,7 @@ def test_each_picture_of_a_stack_comes_out_as_alone(seed):
     assert np.array_equal(model.denoise(stack, *options), out.image)
 
 
-@pytest.mark.parametrize("eps_hat", [float("nan"), float("inf"), -1e6])
+@pytest.mark.parametrize("eps_hat", [float("nan"), float("inf"), -1e4])
 def test_a_g_that_diverges_is_no_picture(eps_hat):
     model = tiny_model()
     model.gen.forward = lambda x, d_t, gamma: torch.full_like(d_t, eps_hat)
