@@ -33,6 +33,7 @@ from rng.unet import UNet  # noqa: E402
 from test_metrics import slow_niqe  # noqa: E402
 
 HERE = device.pick()
+SIDE = 256  # of the patch that the networks are timed on
 
 
 def seconds(f, runs=7):
@@ -94,11 +95,11 @@ def plain(network):
 
 def networks():
     """One evaluation of g against a large convolution; NAFNet against its layers one by one."""
-    x = torch.rand(1, 3, 256, 256, device=HERE).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(1, 3, SIDE, SIDE, device=HERE).contiguous(memory_format=torch.channels_last)
     gamma = torch.full((1,), 0.5, dtype=torch.float64, device=HERE)
     rows = []
     wide = to_device(torch.nn.Conv2d(256, 256, 3, padding=1))
-    deep = torch.rand(1, 256, 256, 256, device=HERE).contiguous(memory_format=torch.channels_last)
+    deep = torch.rand(1, 256, SIDE, SIDE, device=HERE).contiguous(memory_format=torch.channels_last)
     cases = {"3x3 convolution, 256 channels": lambda: wide(deep)}
     for base in (32, 48):
         g = to_device(UNet(base, (1, 2, 3, 4), 1)).eval()
@@ -111,7 +112,7 @@ def networks():
                 f()
             rows.append((name, counter.get_total_flops() / 1e9, seconds(f)))
     peak = rows[0][1] / rows[0][2]
-    table(("network, 256 x 256", "GFLOP", "seconds", "TFLOP/s", "share of the convolution's"),
+    table((f"network, {SIDE} x {SIDE}", "GFLOP", "seconds", "TFLOP/s", "share of the convolution's"),
           *((name, flop, time, flop / time / 1e3, flop / time / peak) for name, flop, time in rows))
 
     rows = []
@@ -129,7 +130,7 @@ def networks():
             reconstruction_loss(x, y, "psnr").backward()
 
         rows.append((name, seconds(forward), seconds(step)))
-    table(("r, 256 x 256", "forward, s", "training step, s"), *rows)
+    table((f"r, {SIDE} x {SIDE}", "forward, s", "training step, s"), *rows)
 
 
 def precision():

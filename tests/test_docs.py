@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import scipy.io
@@ -137,6 +138,14 @@ def test_documented_commands_run(page, world, monkeypatch):
             tiny += SMALL_PICTURES.split()
         result = call(ALL[script], *args, *tiny)
         assert result.code == 0, (line, result.err)
+
+
+def test_the_benchmark_of_the_performance_page_runs(monkeypatch, capsys):
+    [parts] = re.findall("`python tests/benchmark.py (.*?)`", (ROOT / "docs" / "performance.md").read_text())
+    monkeypatch.setattr(benchmark, "SIDE", 32)
+    for part in parts.split():
+        benchmark.PARTS[part]()
+    assert "| NAFNet, small preset |" in capsys.readouterr().out
 
 
 def places_in_code():
