@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from rng import metrics, scoring, search  # noqa: E402
+from rng import metrics, scoring, search, tiling  # noqa: E402
 from rng.nafnet import LayerNorm2d, NAFBlock, NAFNet, reconstruction_loss  # noqa: E402
 from rng.pipeline import RnG  # noqa: E402
 from rng.support import data, device  # noqa: E402
@@ -33,7 +33,7 @@ from rng.unet import UNet  # noqa: E402
 from test_metrics import slow_niqe  # noqa: E402
 
 HERE = device.pick()
-SIDE = 256  # of the patch that the networks are timed on
+SIDE = tiling.PATCH  # of the pictures that the networks are timed on
 
 
 def seconds(f, runs=7):
