@@ -476,7 +476,7 @@ def test_a_full_disk_is_one_sentence(full, train, stop, tmp_path, capsys):
 
 @pytest.mark.parametrize("stage, options, ema, cosine, clip", [
     ("recon", "--arch unet --base 4", 0.9999, False, 1e-3), ("gen", "", 0.3, True, 1e9),
-                                                               ("gen", FINISH, 0.3, False, 1e-3),
+    ("gen", FINISH, 0.3, False, 1e-3),
     ("controller", "", 0.9999, True, 1e9), ("controller", "", 0.3, False, 1e-3)])
 def test_average_learning_rate_and_clipping(stage, options, ema, cosine, clip, train, tmp_path, monkeypatch):
     seen, check = [], training.Run.check
@@ -502,7 +502,7 @@ def test_average_learning_rate_and_clipping(stage, options, ema, cosine, clip, t
     expected = 1e-3 * (0.5 * (1 + np.cos(np.pi * np.arange(6) / 6)) if cosine else np.ones(6))
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
     np.testing.assert_allclose(clipped, np.minimum(norms, clip), rtol=1e-2)
-    assert (min(norms) > 1e-3) == True
+    assert min(norms) > 1e-3
 
 
 def test_reconstruction_loss():

@@ -90,8 +90,7 @@ class Crops(torch.utils.data.IterableDataset):
             piece = cut(picture, *place)
             return np.rot90(piece[:, ::-1] if flip else piece, quarter_turns)
 
-        clean = crop(clean)
-        clean = np.ascontiguousarray(clean)
+        clean = np.ascontiguousarray(crop(clean))
         clean, noisy = self.mix(clean, generator) if noisy is None else (clean, crop(noisy))
         sample = {"name": name, "noisy": to_tensor(noisy), "clean": to_tensor(clean)}
         return sample | (self.draw(generator, sample["clean"].shape) if self.draw else {})
