@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtr
 
 import train_gen
 from rng import ddpm
@@ -114,3 +115,50 @@ def test_weight_of_the_bound(seed):
     mu, m = (ddpm.step(full(d_t), full(value), t, schedule, full(0.0)).item() for value in (eps, guess))
     factor = (1 - alpha) ** 2 / (2 * (1 - alpha) * alpha * (1 - gamma))  # sigma_t^2 = 1 - alpha_t
     assert (mu - m) ** 2 / (2 * (1 - alpha)) == pytest.approx(factor * (eps - guess) ** 2, rel=1e-2, abs=1e-6)
+
+
+SHARES, STDS = np.array([0.6, 0.4]), np.array([0.3, 1.54])  # of section 7's smooth and strong groups
+
+
+def best_of_groups(d_t, gamma, p):
+    """The mean (p = 2) or the median (p = 1) of each pixel's eps, given d_t (M, n): M groups of n pixels."""
+    variance = gamma * STDS**2 + 1 - gamma                                           # of d_t, (2,)
+    log = np.log(SHARES) - d_t.shape[1] / 2 * np.log(variance) - (d_t**2).sum(1, keepdims=True) / 2 / variance
+    share = np.exp(log - log.max(axis=1, keepdims=True))[:, None]                    # (M, 1, 2)
+    share /= share.sum(axis=2, keepdims=True)                                        # given d_t
+    mean, std = math.sqrt(1 - gamma) * d_t[..., None] / variance, math.sqrt(gamma) * STDS / np.sqrt(variance)
+    if p == 2:
+        return (share * mean).sum(axis=2)
+    low, high = mean.min(axis=2), mean.max(axis=2)
+    for _ in range(20):
+        middle = (low + high) / 2
+        below = (share * ndtr((middle[..., None] - mean) / std)).sum(axis=2) < 0.5
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return middle
+
+
+def generated_groups(p, n, T=20):
+    """What Eq. 3 makes of groups of n pixels with the best network: (M, n)."""
+    schedule, generator = ddpm.linear_schedule(T, ddpm.default_end(T)), np.random.default_rng(0)
+    d_t = torch.from_numpy(generator.standard_normal((max(500, 20000 // n), n)))
+    for t in range(T, 0, -1):
+        eps_hat = best_of_groups(d_t.numpy(), schedule.gamma[t], p)
+        eps_t = generator.standard_normal(d_t.shape)
+        d_t = ddpm.step(d_t, torch.from_numpy(eps_hat), t, schedule, torch.from_numpy(eps_t))
+    return d_t
+
+
+@pytest.mark.parametrize("p, cells", re.findall(r"^\| ([12]) \| ([\d. |]+) \|$", TEXT, re.MULTILINE))
+def test_table_of_p(p, cells):
+    stated = [float(cell) for cell in cells.split("|")]
+    assert stated == pytest.approx([generated_groups(int(p), n).std().item() for n in (1, 8, 64)], abs=0.006)
+
+
+def test_constants_at_high_noise():
+    """The best estimate of d_0 over sqrt(gamma) d_t: E[d_0^2] for p = 2, E|d_0| / (2 f(0)) for p = 1."""
+    gamma, d_t = 1e-6, np.linspace(-2, 2, 8)[:, None]
+    variance, shrunk = (SHARES * STDS**2).sum(), (SHARES * STDS).sum() / (SHARES / STDS).sum()
+    assert f"Here they are {variance:.2f} and {shrunk:.2f}" in TEXT
+    for p, constant in (2, variance), (1, shrunk):
+        d_0 = (d_t - math.sqrt(1 - gamma) * best_of_groups(d_t, gamma, p)) / math.sqrt(gamma)
+        assert d_0 / (math.sqrt(gamma) * d_t) == pytest.approx(constant, rel=1e-3)

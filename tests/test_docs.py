@@ -113,13 +113,13 @@ def world(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md", "docs/model_card.md",
                                   "docs/performance.md", "docs/exercises.md"])
 def test_documented_commands_run(page, world, monkeypatch):
-    """In their order, as they stand, but for tiny networks and pictures."""
+    """In their order, as they stand, but for tiny networks and pictures, and fewer steps."""
     monkeypatch.setattr(figures, "STEPS", (0, 10))  # of Fig. 3
     for line in shell_lines(ROOT / page):
         if re.match("(mkdir|cp) ", line):
             subprocess.run(line, shell=True, check=True)
         elif line.startswith("exec "):
-            exec(ast.literal_eval(line.removeprefix("exec ")), {})
+            exec(re.sub("for T in .*:", "for T in 2, 3:", ast.literal_eval(line.removeprefix("exec "))), {})
         elif line.startswith("grow "):  # the model card's deeper r, here the same
             start, end = map(Path, line.split()[1:3])
             end.parent.mkdir()
