@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.special import ndtr
 
 import train_gen
 from rng import ddpm
@@ -117,48 +116,49 @@ def test_weight_of_the_bound(seed):
     assert (mu - m) ** 2 / (2 * (1 - alpha)) == pytest.approx(factor * (eps - guess) ** 2, rel=1e-2, abs=1e-6)
 
 
-SHARES, STDS = np.array([0.6, 0.4]), np.array([0.3, 1.54])  # of section 7's smooth and strong groups
+SHARES, STDS = torch.tensor([[0.6, 0.4], [0.3, 1.54]]).double()  # of section 7's smooth and strong groups
+P_ROWS = re.findall(r"^\| ([12]) \| ([\d. |]+) \|$", TEXT, re.MULTILINE)
 
 
 def best_of_groups(d_t, gamma, p):
     """The mean (p = 2) or the median (p = 1) of each pixel's eps, given d_t (M, n): M groups of n pixels."""
     variance = gamma * STDS**2 + 1 - gamma                                           # of d_t, (2,)
-    log = np.log(SHARES) - d_t.shape[1] / 2 * np.log(variance) - (d_t**2).sum(1, keepdims=True) / 2 / variance
-    share = np.exp(log - log.max(axis=1, keepdims=True))[:, None]                    # (M, 1, 2)
-    share /= share.sum(axis=2, keepdims=True)                                        # given d_t
-    mean, std = math.sqrt(1 - gamma) * d_t[..., None] / variance, math.sqrt(gamma) * STDS / np.sqrt(variance)
+    log = SHARES.log() - d_t.shape[1] / 2 * variance.log() - d_t.square().sum(1, keepdim=True) / 2 / variance
+    share = log.softmax(dim=1)[:, None]                                              # given d_t, (M, 1, 2)
+    mean, std = math.sqrt(1 - gamma) * d_t[..., None] / variance, math.sqrt(gamma) * STDS / variance.sqrt()
     if p == 2:
-        return (share * mean).sum(axis=2)
-    low, high = mean.min(axis=2), mean.max(axis=2)
+        return (share * mean).sum(dim=2)
+    low, high = mean.amin(dim=2), mean.amax(dim=2)
     for _ in range(20):
         middle = (low + high) / 2
-        below = (share * ndtr((middle[..., None] - mean) / std)).sum(axis=2) < 0.5
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
+        below = (share * torch.special.ndtr((middle[..., None] - mean) / std)).sum(dim=2) < 0.5
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return middle
 
 
-def generated_groups(p, n, T=20):
-    """What Eq. 3 makes of groups of n pixels with the best network: (M, n)."""
-    schedule, generator = ddpm.linear_schedule(T, ddpm.default_end(T)), np.random.default_rng(0)
-    d_t = torch.from_numpy(generator.standard_normal((max(500, 20000 // n), n)))
-    for t in range(T, 0, -1):
-        eps_hat = best_of_groups(d_t.numpy(), schedule.gamma[t], p)
-        eps_t = generator.standard_normal(d_t.shape)
-        d_t = ddpm.step(d_t, torch.from_numpy(eps_hat), t, schedule, torch.from_numpy(eps_t))
+def generated_groups(p, n):
+    """What Eq. 3 makes in 20 steps of groups of n pixels with the best network: (M, n)."""
+    schedule, generator = ddpm.linear_schedule(20, ddpm.default_end(20)), np.random.default_rng(0)
+    shape = max(500, 20000 // n), n
+    d_t = torch.from_numpy(generator.standard_normal(shape))
+    for t in range(20, 0, -1):
+        eps_t = torch.from_numpy(generator.standard_normal(shape))
+        d_t = ddpm.step(d_t, best_of_groups(d_t, schedule.gamma[t], p), t, schedule, eps_t)
     return d_t
 
 
-@pytest.mark.parametrize("p, cells", re.findall(r"^\| ([12]) \| ([\d. |]+) \|$", TEXT, re.MULTILINE))
+@pytest.mark.parametrize("p, cells", P_ROWS)
 def test_table_of_p(p, cells):
+    assert [p for p, _ in P_ROWS] == ["2", "1"]
     stated = [float(cell) for cell in cells.split("|")]
     assert stated == pytest.approx([generated_groups(int(p), n).std().item() for n in (1, 8, 64)], abs=0.006)
 
 
 def test_constants_at_high_noise():
     """The best estimate of d_0 over sqrt(gamma) d_t: E[d_0^2] for p = 2, E|d_0| / (2 f(0)) for p = 1."""
-    gamma, d_t = 1e-6, np.linspace(-2, 2, 8)[:, None]
+    gamma, d_t = 1e-6, torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None]
     variance, shrunk = (SHARES * STDS**2).sum(), (SHARES * STDS).sum() / (SHARES / STDS).sum()
     assert f"Here they are {variance:.2f} and {shrunk:.2f}" in TEXT
     for p, constant in (2, variance), (1, shrunk):
         d_0 = (d_t - math.sqrt(1 - gamma) * best_of_groups(d_t, gamma, p)) / math.sqrt(gamma)
-        assert d_0 / (math.sqrt(gamma) * d_t) == pytest.approx(constant, rel=1e-3)
+        assert (d_0 / (math.sqrt(gamma) * d_t)).numpy() == pytest.approx(constant.item(), rel=1e-3)
