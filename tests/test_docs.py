@@ -111,7 +111,7 @@ def world(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md", "docs/model_card.md",
-                                  "docs/performance.md", "docs/exercises.md"])
+                                  "docs/performance.md", "docs/exercises.md", "docs/tried.md"])
 def test_documented_commands_run(page, world, monkeypatch):
     """In their order, as they stand, but for tiny networks and pictures, and fewer steps."""
     monkeypatch.setattr(figures, "STEPS", (0, 10))  # of Fig. 3
