@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rng import ddpm, folder, metrics, tiling
-from rng.finish import OFFSET, finishing_loss
+from rng.finish import OFFSET, WARM_UP, finishing_loss, start_from
 from rng.nafnet import reconstruction_loss
 from rng.pipeline import RnG
 from rng.support import crops, data, training
@@ -55,8 +55,8 @@ def parse(argv):
                        help="g learns (y - r(x)) times this (default: 1 / std(y - r(x)), or that of --init; "
                             "the paper: 1)")
     group.add_argument("--finish", action="store_true",
-                       help="in place of Eq. 5: LPIPS of what the sampler makes, for a g that Eq. 5 has "
-                            "trained (--init); not in the paper")
+                       help="in place of Eq. 5: LPIPS of what g makes, for a g that Eq. 5 has trained "
+                            "(--init); it then sees x and r(x), and gives d_0; not in the paper")
     group.add_argument("--lpips-backbone",
                        help="file with AlexNet's convolutions, for LPIPS (default: fetched once)")
     data.add_arguments(parser)
@@ -71,6 +71,8 @@ def parse(argv):
         raise InputError(f"LPIPS needs a --crop of at least {least} pixels")
     if args.finish and args.scheme != "two-stage":
         raise InputError("--finish is for --scheme two-stage: r must be trained")
+    if args.finish and not args.init:
+        raise InputError("--finish needs a g that Eq. 5 has trained: give --init FILE, its gen.pt")
     return args
 
 
@@ -91,8 +93,9 @@ def main(argv=None):
         trained["recon"] = r, copy.deepcopy(r).eval().requires_grad_(False)
         parameters += r.parameters()
     if args.compile:
-        g.compile()
         r.compile()
+        if not g.residual:  # torch.compile fails at the gradient of its padding
+            g.compile()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = ddpm.linear_schedule(ddpm.T_TRAIN, args.train_end)
     stream = crops.Stream(args, functools.partial(draw_noise, schedule))
@@ -108,13 +111,15 @@ def main(argv=None):
         settings = settings._replace(residual_scale=measured_scale(args, run, r, stream))
 
     for k, batch in run.batches(stream):
-        if args.cosine:                                                # in the paper the rate is constant
-            optimizer.param_groups[0]["lr"] = args.lr * training.half_cosine(k, args.iterations)
+        rate = training.half_cosine(k, args.iterations) if args.cosine else 1   # in the paper 1
+        if args.finish:                                                # its last layer starts at zero
+            rate *= min(1, (k + 1) / WARM_UP)
+        optimizer.param_groups[0]["lr"] = args.lr * rate
         x, y, gamma, eps = batch["noisy"], batch["clean"], batch["gamma"], batch["eps"]
         with autocast(device, args.precision):
             y_r = reconstruct(args, r_replica, x)                      # (N, 3, crop, crop)
             d_0 = (y - y_r) * settings.residual_scale                  # unit variance; in the paper 1
-            cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[args.condition]
+            cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[settings.condition]
             if args.finish:                                            # not in the paper
                 loss = finishing_loss(g_replica, lpips, cond, y_r, y, settings.residual_scale,
                                       np.random.default_rng([args.seed, k]))
@@ -147,10 +152,10 @@ def make_g(args):
         conditions = 2 if args.condition == "both" else 1
         return UNet(args.base, args.multipliers, args.blocks, conditions), settings
     g, before = folder.load_gen(args.init)
-    if before.condition != args.condition:
+    if before.condition != args.condition and not (args.finish and before.condition == "both"):
         raise InputError(f"{args.init} has --condition {before.condition}; give that")
     if args.finish:  # which draws no noise levels
-        settings = settings._replace(train_end=before.train_end)
+        g, settings = start_from(g), settings._replace(condition="both", train_end=before.train_end)
     return g, settings._replace(residual_scale=scale or before.residual_scale)
 
 

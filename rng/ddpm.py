@@ -65,6 +65,12 @@ def estimate(d_t, eps_hat, gamma):
     return (d_t - (1 - gamma).sqrt().float() * eps_hat) / gamma.sqrt().float()
 
 
+def noise_in(d_t, d_0, gamma):
+    """Eq. 1 solved for eps: (d_t - sqrt(gamma) d_0) / sqrt(1 - gamma); shapes as for q_sample, gamma < 1."""
+    gamma = gamma[:, None, None, None]
+    return (d_t - gamma.sqrt().float() * d_0) / (1 - gamma).sqrt().float()
+
+
 def draw_gamma(schedule, generator):
     """Noise level of one training sample: t uniform in 1..T, then gamma uniform in [gamma_t, gamma_(t-1)].
 

@@ -1,21 +1,43 @@
 """Finishing g with LPIPS, which is not in the paper: `train_gen.py --finish`.
 
 Like DRaFT with K = 1 (Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", ICLR
-2024), the sampler runs without gradient down to a random t, where one call of g with gradient gives d_0.
+2024), one call of g with gradient gives the d_0 that LPIPS judges. What this call starts from is not sampled
+step by step: a first call of g, without gradient, gives a d_0, and Eq. 1 its d_t.
 """
 
 import torch
 import torch.nn.functional as F
 
 from rng import ddpm, metrics
+from rng.unet import UNet
 
-T, END, VARIANCE = 10, 0.7, "posterior"   # of the sampler that g is finished for
-FIRST, LAST = 2, 7  # that t: at 1 g changes nothing, above 7 the gradient is up to a hundred times as large
-PERCEPTUAL, ANCHOR, TINT = 1.0, 0.05, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
+T, END, VARIANCE = 10, 0.7, "posterior"     # of the sampler that g is finished for
+LAST_STEP = 0.5     # share of crops at t = 1, which gives the d_0 that is added; the others: t in 2..T
+PERCEPTUAL, ANCHOR, TINT = 10.0, 0.02, 10.0  # weights of LPIPS, of |d_0 - (y - r(x))|, of the guard on colour
 HALF = 0.25         # share of LPIPS at half size
-FLOOR = 0.05        # LPIPS counts as a share of r's plus this: grain on a smooth crop as much as lost texture
 MEAN_FREE = 0.002   # mean of d_0 in a crop and channel, in [0, 1] units, that the guard lets pass
 OFFSET = 16         # pixels: LPIPS sees a window at a random offset below this, see finishing_loss
+WARM_UP = 100       # iterations in which the learning rate rises
+
+
+def start_from(g):
+    """The g that finishing starts from: a UNet with residual=True, from one that Eq. 5 has trained.
+
+    It takes over all weights but those of the last layer, which was made for noise and is now zero, as the
+    weights of a condition that it did not have. A g that has been finished before is returned as it is.
+    """
+    if g.residual:
+        return g
+    config = g.config | {"conditions": 2, "residual": True}
+    finished = UNet(**{key: value for key, value in config.items() if key != "arch"})
+    weights = g.state_dict()
+    missing = 3 * (2 - g.config["conditions"])          # channels of r(x), between those of x and d_t
+    intro = weights["intro.weight"]                     # (base, 3 * conditions + 3, 3, 3)
+    weights["intro.weight"] = torch.cat(
+        [intro[:, :3], intro.new_zeros(len(intro), missing, 3, 3), intro[:, 3:]], dim=1)
+    ending = {f"ending.{name}": tensor for name, tensor in finished.ending.state_dict().items()}
+    finished.load_state_dict(weights | ending)
+    return finished
 
 
 def finishing_loss(g, lpips, condition, y_r, y, scale, generator):
@@ -24,25 +46,24 @@ def finishing_loss(g, lpips, condition, y_r, y, scale, generator):
     g(condition, d_t, gamma) -> eps_hat. condition: (N, C, H, W). y_r = r(x), y: (N, 3, H, W) in [0, 1].
     scale: g's residual scale. generator: numpy's, for t, noise, window. -> scalar, with gradients to g alone.
     """
-    schedule, last = ddpm.linear_schedule(T, END, VARIANCE), int(generator.integers(FIRST, LAST + 1))
+    schedule = ddpm.linear_schedule(T, END, VARIANCE)
     normal = torch.Generator().manual_seed(int(generator.integers(2 ** 62)))
-    d_t = torch.randn(y.shape, generator=normal).to(y.device)
-    for t in range(T, last - 1, -1):
-        gamma_t = torch.full((len(y),), schedule.gamma[t], dtype=torch.float64, device=y.device)
-        with torch.set_grad_enabled(t == last):
-            eps_hat = g(condition, d_t, gamma_t).float()
-        if t > last:
-            d_t = ddpm.step(d_t, eps_hat, t, schedule, torch.randn(y.shape, generator=normal).to(y.device))
-    d_0 = ddpm.estimate(d_t, eps_hat, gamma_t)  # (N, 3, H, W), scaled
+    t = torch.from_numpy(generator.integers(2, T + 1, len(y)))
+    t[torch.from_numpy(generator.random(len(y)) < LAST_STEP)] = 1
+    gamma_t = torch.from_numpy(schedule.gamma)[t].to(y.device)
+    gamma_T = torch.full_like(gamma_t, schedule.gamma[T])
+    d_T, eps = (torch.randn(y.shape, generator=normal).to(y.device) for _ in range(2))
+    with torch.no_grad():
+        first = ddpm.estimate(d_T, g(condition, d_T, gamma_T).float(), gamma_T)
+        d_t = ddpm.q_sample(first, gamma_t, eps)
+        d_t[t == T] = d_T[t == T]  # as sampling starts
+    d_0 = ddpm.estimate(d_t, g(condition, d_t, gamma_t).float(), gamma_t)  # (N, 3, H, W), scaled
 
     top, left = generator.integers(OFFSET, size=2)
-    out, smooth, truth = (z.nan_to_num().clamp(0, 1)[:, :, top:, left:] for z in (y_r + d_0 / scale, y_r, y))
-    with torch.no_grad():
-        share = 1 / (lpips(smooth, truth) + FLOOR)                                               # (N,)
-    perceptual = (share * lpips(out, truth)).mean()
+    out, truth = (z.nan_to_num().clamp(0, 1)[:, :, top:, left:] for z in (y_r + d_0 / scale, y))
+    perceptual = lpips(out, truth).mean()
     if min(truth.shape[2:]) >= 2 * metrics.LPIPS_SIZE:
-        half = lpips(F.avg_pool2d(out, 2), F.avg_pool2d(truth, 2))
-        perceptual = torch.lerp(perceptual, (share * half).mean(), HALF)
+        perceptual = torch.lerp(perceptual, lpips(F.avg_pool2d(out, 2), F.avg_pool2d(truth, 2)).mean(), HALF)
     anchor = (d_0 - scale * (y - y_r)).abs().mean()
     tint = F.relu((d_0 / scale).mean(dim=(2, 3)).abs() - MEAN_FREE).mean()
     return PERCEPTUAL * perceptual + ANCHOR * anchor + TINT * tint

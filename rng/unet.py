@@ -1,10 +1,16 @@
 """g, the generative network: the conditional U-Net of ref. [47] (Whang et al., 2022). Also Table 1's r."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from rng import ddpm
+
+NEAR = 12      # pixels to each side that detail_kept looks at: what tiling drops of a patch's border
+QUIET = 0.015  # noise, in [0, 1] units, below which there is less detail: r cannot have lost what it left
 
 
 def noise_level_embedding(gamma, dim):
@@ -19,13 +25,30 @@ def noise_level_embedding(gamma, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()               # (N, dim)
 
 
+def detail_kept(x, y_r):
+    """The share of d_0 that a g with residual=True keeps at each pixel; not in the paper.
+
+    min(1, gradient of r(x) / noise^2, noise / QUIET), averaged over the 25 x 25 pixels around, with x - r(x) as
+    the noise. Where r(x) is even and the noise strong, x does not tell whether there was detail, and a wrong
+    guess costs more LPIPS than a right one gains. x, y_r = r(x): (N, 3, H, W) in [0, 1] -> (N, 1, H, W).
+    """
+    def near(z):
+        z = F.pad(z.mean(dim=1, keepdim=True), (NEAR,) * 4, mode="replicate")  # (N, 1, H + 24, W + 24)
+        return F.avg_pool2d(z, 2 * NEAR + 1, stride=1)                        # (N, 1, H, W)
+
+    y_r = y_r.float()
+    right, below = F.pad(y_r, (0, 1, 0, 0), mode="replicate"), F.pad(y_r, (0, 0, 0, 1), mode="replicate")
+    gradient = (right.diff(dim=3).abs() + below.diff(dim=2).abs()) / 2        # (N, 3, H, W)
+    square = near((x - y_r).square())                                         # (N, 1, H, W)
+    return torch.minimum(near(gradient) / square.clamp_min(1e-12), square.sqrt() / QUIET).clamp_max(1)
+
+
 class ResBlock(nn.Module):
     """Two SiLU convolutions around a skip connection; the noise level scales and shifts between them."""
 
-    def __init__(self, c_in, c_out, embedding):
+    def __init__(self, c_in, c_out, embedding, conv):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv1, self.conv2 = conv(c_in, c_out, 3), conv(c_out, c_out, 3)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.level = nn.Linear(embedding, 2 * c_out) if embedding else None
 
@@ -43,32 +66,37 @@ class UNet(nn.Module):
     base: channels at full resolution. multipliers: of base, one per level. blocks: residual blocks per level.
     conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
     noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
+    residual=True is a g for rng/finish.py: its last layer gives d_0, of which detail_kept says how much stays;
+    it has two conditions, and convolutions repeat the picture's edge (zeros there would teach g a frame).
     noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, first the identity.
     """
 
-    def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True):
+    def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True,
+                 residual=False):
         super().__init__()
         self.config = {"arch": "unet", "base": base, "multipliers": list(multipliers), "blocks": blocks,
-                       "conditions": conditions, "noise_level": noise_level}
-        self.base, self.noise_level = base, noise_level
+                       "conditions": conditions, "noise_level": noise_level, "residual": residual}
+        self.base, self.noise_level, self.residual = base, noise_level, residual
+        conv = functools.partial(nn.Conv2d, padding=1, padding_mode="replicate" if residual else "zeros")
+        block = functools.partial(ResBlock, conv=conv)
         embedding = 4 * base if noise_level else 0  # as wide as DDPM's
         if noise_level:
             self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding),
                                      nn.SiLU())
         channels = [base * m for m in multipliers]
-        self.intro = nn.Conv2d(3 * conditions + 3 * noise_level, base, 3, padding=1)
+        self.intro = conv(3 * conditions + 3 * noise_level, base, 3)
         self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
         self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
         for c, c_next in zip(channels[:-1], channels[1:]):
-            self.encoders.append(nn.ModuleList([ResBlock(c, c, embedding) for _ in range(blocks)]))
-            self.downs.append(nn.Conv2d(c, c_next, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([ResBlock(channels[-1], channels[-1], embedding)
+            self.encoders.append(nn.ModuleList([block(c, c, embedding) for _ in range(blocks)]))
+            self.downs.append(conv(c, c_next, 3, stride=2))
+        self.middle = nn.ModuleList([block(channels[-1], channels[-1], embedding)
                                      for _ in range(2 * blocks)])  # cheap there
         for c, c_next in zip(channels[-2::-1], channels[:0:-1]):
-            self.ups.append(nn.Conv2d(c_next, c, 3, padding=1))
+            self.ups.append(conv(c_next, c, 3))
             self.decoders.append(nn.ModuleList(
-                [ResBlock(2 * c if i == 0 else c, c, embedding) for i in range(blocks)]))
-        self.ending = nn.Conv2d(base, 3, 3, padding=1)
+                [block(2 * c if i == 0 else c, c, embedding) for i in range(blocks)]))
+        self.ending = conv(base, 3, 3)
         nn.init.zeros_(self.ending.weight)
         nn.init.zeros_(self.ending.bias)
 
@@ -96,4 +124,7 @@ class UNet(nn.Module):
             for block in decoder:
                 h = block(h, level)                                           # (N, 3C, H'/4, W'/4) and so on
         out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)
+        if self.residual:
+            out = detail_kept(*x.chunk(2, dim=1)) * out.float()               # (N, 3, H, W), d_0
+            return ddpm.noise_in(d_t, out, gamma)
         return out if self.noise_level else x + out

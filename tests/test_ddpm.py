@@ -106,11 +106,12 @@ def test_q_sample_keeps_the_first_step_of_the_paper():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_estimate_inverts_q_sample(seed):
+def test_estimate_and_noise_in_invert_q_sample(seed):
     gen = generator(seed)
     d_0, eps = random_images(gen, 5, 3, 4, 6), random_images(gen, 5, 3, 4, 6)
     gamma = torch.tensor(gen.uniform(0.01, 1, 5))
     assert torch.allclose(ddpm.estimate(ddpm.q_sample(d_0, gamma, eps), eps, gamma), d_0, atol=1e-4)
+    assert torch.allclose(ddpm.noise_in(ddpm.q_sample(d_0, gamma, eps), d_0, gamma), eps, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rng import folder
+from rng import ddpm, folder
 from rng.controller import STEPS, StepController
 from rng.nafnet import NAFBlock, NAFNet, config_from_state_dict
-from rng.unet import UNet, noise_level_embedding
+from rng.unet import NEAR, QUIET, UNet, detail_kept, noise_level_embedding
 
 ODD_SIZES = [(1, 1), (1, 2), (3, 1), (7, 5), (8, 8), (9, 17), (16, 31), (33, 20)]
 
@@ -158,20 +158,25 @@ def test_noise_level_embedding_tells_close_levels_apart_under_autocast():
     assert (out[0] - out[1]).abs().max() > 0.01 * out.abs().max()
 
 
-def plain_resblock(h, level, p):
-    y = F.conv2d(h * torch.sigmoid(h), p["conv1.weight"], p["conv1.bias"], padding=1)
+def plain_conv(h, p, name, edge, stride=1):
+    """3 x 3, around the picture zeros (edge="constant") or its edge once more ("replicate")."""
+    return F.conv2d(F.pad(h, (1, 1, 1, 1), edge), p[f"{name}.weight"], p[f"{name}.bias"], stride)
+
+
+def plain_resblock(h, level, p, edge):
+    y = plain_conv(h * torch.sigmoid(h), p, "conv1", edge)
     if level is not None:
         scale, shift = (level @ p["level.weight"].T + p["level.bias"])[:, :, None, None].chunk(2, 1)
         y = y + scale * y + shift
-    y = F.conv2d(y * torch.sigmoid(y), p["conv2.weight"], p["conv2.bias"], padding=1)
+    y = plain_conv(y * torch.sigmoid(y), p, "conv2", edge)
     return y + (h if h.shape == y.shape else F.conv2d(h, p["skip.weight"], p["skip.bias"]))
 
 
-def plain_u(network, h, level, depth=0):
+def plain_u(network, h, level, edge, depth=0):
     """The U as a recursion: encode, all that is below, come up, join what was encoded, decode."""
     def through(blocks, h):
         for block in blocks:
-            h = plain_resblock(h, level, block.state_dict())
+            h = plain_resblock(h, level, block.state_dict(), edge)
         return h
 
     if depth == len(network.downs):
@@ -179,13 +184,13 @@ def plain_u(network, h, level, depth=0):
     p = network.state_dict()
     down, up = f"downs.{depth}", f"ups.{len(network.ups) - 1 - depth}"
     h = through(network.encoders[depth], h)
-    below = F.conv2d(F.pad(h, (1, 1, 1, 1)), p[f"{down}.weight"], p[f"{down}.bias"], stride=2)
-    below = plain_u(network, below, level, depth + 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    above = F.conv2d(below, p[f"{up}.weight"], p[f"{up}.bias"], padding=1)
+    below = plain_u(network, plain_conv(h, p, down, edge, stride=2), level, edge, depth + 1)
+    above = plain_conv(below.repeat_interleave(2, 2).repeat_interleave(2, 3), p, up, edge)
     return through(network.decoders[-1 - depth], torch.cat([above, h], 1))
 
 
-KINDS = [dict(conditions=1), dict(conditions=2), dict(noise_level=False), dict(multipliers=(1, 2), blocks=3)]
+KINDS = [dict(conditions=1), dict(conditions=2), dict(noise_level=False), dict(multipliers=(1, 2), blocks=3),
+         dict(conditions=2, residual=True)]
 
 
 def unet_and_inputs(arguments, height, width):
@@ -199,6 +204,7 @@ def unet_and_inputs(arguments, height, width):
 def test_unet_is_a_u(arguments, height, width):
     network, inputs = unet_and_inputs(arguments, height, width)
     p, level, multiple = randomised(network, std=0.3).state_dict(), None, 2 ** len(network.downs)
+    edge = "replicate" if network.residual else "constant"
     rows, cols = (torch.arange(multiple * math.ceil(size / multiple)).clamp(max=size - 1)
                   for size in (height, width))  # the last row and column repeated
     h = torch.cat(inputs[:2], 1)[:, :, rows][..., cols]
@@ -206,19 +212,28 @@ def test_unet_is_a_u(arguments, height, width):
         level = noise_level_embedding(inputs[2], 4)
         for layer in (0, 2):
             level = F.silu(F.linear(level, p[f"mlp.{layer}.weight"], p[f"mlp.{layer}.bias"]))
-    out = network.ending(F.silu(plain_u(network, network.intro(h), level)))[..., :height, :width]
-    out = out if network.noise_level else inputs[0] + out
+    out = plain_u(network, plain_conv(h, p, "intro", edge), level, edge)
+    out = plain_conv(F.silu(out), p, "ending", edge)[..., :height, :width]
+    if network.residual:  # it is d_0: the noise is what is left of d_t, in float64
+        x, d_t, gamma = inputs[0], inputs[1].double(), inputs[2][:, None, None, None]
+        out = (d_t - gamma.sqrt() * detail_kept(x[:, :3], x[:, 3:]) * out) / (1 - gamma).sqrt()
+        out = out.float()
+    elif not network.noise_level:
+        out = inputs[0] + out
     assert torch.allclose(network(*inputs), out, rtol=1e-4, atol=1e-4 * out.abs().max())
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)
-@pytest.mark.parametrize("arguments", KINDS[:3])
+@pytest.mark.parametrize("arguments", [*KINDS[:3], KINDS[4]])
 def test_unet_is_zero_or_the_identity_at_start_and_takes_any_size(arguments, size):
     network, inputs = unet_and_inputs(arguments, *size)
     at_start = torch.zeros(2, 3, *size) if network.noise_level else inputs[0]
+    if network.residual:  # a d_0 of zero: d_t is noise alone
+        at_start = ddpm.noise_in(inputs[1], at_start, inputs[2])
     assert torch.equal(network(*inputs), at_start)
     out = randomised(network, std=0.3)(*inputs)
-    assert out.shape == at_start.shape and out.isfinite().all() and not torch.equal(out, at_start)
+    assert out.shape == at_start.shape and out.isfinite().all()
+    assert torch.equal(out, at_start) == (network.residual and size == (1, 1))  # one pixel has no gradient
 
 
 @pytest.mark.parametrize("arguments", KINDS)
@@ -232,6 +247,32 @@ def test_unet_depends_on_all_that_it_is_given(arguments):
             assert not torch.equal(network(*inputs), out)
             channel *= -1
     assert_every_parameter_matters(network, *inputs)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_detail_kept(seed):
+    """The formula at each pixel, with loops; the picture's edge goes on outside."""
+    gen = np.random.default_rng(seed)
+    height, width = gen.integers(1, 40, 2)
+    y_r = gen.uniform(0, 10 ** gen.uniform(-3, 0), (3, height, width))
+    x = y_r + 10 ** gen.uniform(-3, 0) * gen.normal(size=y_r.shape)
+    right, below = y_r[:, :, [*range(1, width), width - 1]], y_r[:, [*range(1, height), height - 1]]
+    gradient = ((abs(right - y_r) + abs(below - y_r)) / 2).mean(0)
+    square = ((x - y_r) ** 2).mean(0)
+    expected = np.empty((height, width))
+    for i in range(height):
+        for j in range(width):
+            rows, cols = (np.arange(k - NEAR, k + NEAR + 1).clip(0, size - 1)
+                          for k, size in ((i, height), (j, width)))
+            noise = square[np.ix_(rows, cols)].mean() ** 0.5
+            expected[i, j] = min(1, gradient[np.ix_(rows, cols)].mean() / noise ** 2, noise / QUIET)
+    kept = detail_kept(*(torch.tensor(z[None], dtype=torch.float32) for z in (x, y_r)))
+    assert kept.shape == (1, 1, height, width) and np.allclose(kept[0, 0], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_no_detail_is_kept_where_there_is_no_noise():
+    y_r = torch.rand(1, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(detail_kept(y_r, y_r), torch.zeros(1, 1, 30, 30))
 
 
 def test_unet_channels_blocks_and_levels():

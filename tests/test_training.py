@@ -22,9 +22,9 @@ from torch import nn
 import train_controller
 import train_gen
 import train_recon
-from rng import folder, metrics, search
+from rng import ddpm, folder, metrics, search
 from rng.controller import STEPS
-from rng.finish import finishing_loss
+from rng.finish import WARM_UP, finishing_loss, start_from
 from rng.nafnet import NAFNet, reconstruction_loss
 from rng.pipeline import RnG
 from rng.support import checkpoint, crops, training
@@ -409,7 +409,8 @@ def test_ctrl_c_outside_a_loop_ends_in_a_word(capsys, monkeypatch):
     ("gen", "--crop 30", "--crop of at least 31"),
     ("recon", LPIPS + " --crop 30", "--crop of at least 31"),
     ("gen", FINISH + " --crop 45", "--crop of at least 46"),
-    ("gen", "--finish --crop 48", "--finish needs LPIPS"),
+    ("gen", "--finish --crop 48", "--finish needs a g that Eq. 5 has trained"),
+    ("gen", "--finish --crop 48 --init {world}/gen.pt", "--finish needs LPIPS"),
     ("gen", FINISH + " --scheme joint", "--finish is for --scheme two-stage"),
     ("gen", "--init {world}/gen.pt --condition both", "has --condition noisy"),
     ("recon", "--root nowhere", "nowhere"),
@@ -500,6 +501,8 @@ def test_average_learning_rate_and_clipping(stage, options, ema, cosine, clip, t
     for name in [name for name in state["weights"] if "running_" in name or "num_batches" in name]:
         assert torch.equal(state["averaged"][name], state["weights"][name]) and state["weights"][name].any()
     expected = 1e-3 * (0.5 * (1 + np.cos(np.pi * np.arange(6) / 6)) if cosine else np.ones(6))
+    if "--finish" in options:
+        expected *= np.arange(1, 7) / WARM_UP
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
     np.testing.assert_allclose(clipped, np.minimum(norms, clip), rtol=1e-2)
     assert min(norms) > 1e-3
@@ -597,7 +600,7 @@ def test_s_learns_the_best_count_of_each_label(train, monkeypatch):
 
 @pytest.mark.parametrize("options, condition, scale", [
     ("--condition initial --precision bfloat16", "initial", None), ("--condition both", "both", None),
-    ("--residual-scale 1", "noisy", 1.0), (FINISH + " --residual-scale 2", "noisy", 2.0)])
+    ("--residual-scale 1", "noisy", 1.0), (FINISH + " --residual-scale 2", "both", 2.0)])
 def test_two_stages_leave_r_untouched(options, condition, scale, train, world, tmp_path):
     model = tmp_path / "model"
     assert train("gen", "model", f"{options} --iterations 2") == 0
@@ -656,6 +659,35 @@ def test_training_starts_from_an_official_checkpoint_or_another_g(train, world, 
     assert same(dict(r.state_dict()), dict(official.state_dict()))
     assert train("gen", "g", "--init {world}/gen.pt --lr 0 --iterations 1 --base 8") == 0
     assert same(load(world / "gen.pt")["state_dict"], load(tmp_path / "g" / "gen.pt")["state_dict"])
+
+
+@pytest.mark.parametrize("conditions", [1, 2])
+def test_finishing_starts_from_what_eq_5_has_trained(conditions):
+    """With the old last layer and no condition more it is the old U-Net; as it starts, its d_0 is zero."""
+    torch.manual_seed(2)
+    g = UNet(4, [1, 2], 1, conditions)
+    nn.init.normal_(g.ending.weight)
+    x, y_r, d_t = torch.rand(3, 1, 3, 96, 96)
+    gamma = torch.tensor([0.7], dtype=torch.float64)
+    started = start_from(g)
+    assert start_from(started) is started and started.config["conditions"] == 2
+    both = torch.cat([x, y_r], dim=1)
+    assert torch.equal(started(both, d_t, gamma), ddpm.noise_in(d_t, torch.zeros_like(d_t), gamma))
+    expected = g(both[:, :3 * conditions], d_t, gamma)
+    started.ending.load_state_dict(g.ending.state_dict())
+    started.residual = False  # the U alone
+    inside = slice(40, -40)   # what the padding does not reach
+    assert torch.allclose(started(both, d_t, gamma)[..., inside, inside], expected[..., inside, inside],
+                          atol=1e-5)
+
+
+def test_a_finished_g_is_finished_further(train, world, tmp_path):
+    assert train("gen", "once", FINISH) == 0
+    again = FINISH.replace("{world}/gen.pt", str(tmp_path / "once" / "gen.pt"))
+    assert train("gen", "twice", again + " --lr 0 --iterations 1") == 0
+    assert same(load(tmp_path / "once" / "gen.pt")["state_dict"], load(tmp_path / "twice" / "gen.pt")["state_dict"])
+    settings = folder.load_gen(tmp_path / "twice" / "gen.pt")[1]
+    assert settings.condition == "both" and settings.residual_scale == 8
 
 
 def test_finishing_loss(world):
