@@ -93,9 +93,8 @@ def main(argv=None):
         trained["recon"] = r, copy.deepcopy(r).eval().requires_grad_(False)
         parameters += r.parameters()
     if args.compile:
+        g.compile()
         r.compile()
-        if not g.residual:  # torch.compile fails at the gradient of its padding
-            g.compile()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = ddpm.linear_schedule(ddpm.T_TRAIN, args.train_end)
     stream = crops.Stream(args, functools.partial(draw_noise, schedule))

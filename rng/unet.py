@@ -34,13 +34,22 @@ def detail_kept(x, y_r):
     """
     def near(z):
         z = F.pad(z.mean(dim=1, keepdim=True), (NEAR,) * 4, mode="replicate")  # (N, 1, H + 24, W + 24)
-        return F.avg_pool2d(z, 2 * NEAR + 1, stride=1)                        # (N, 1, H, W)
+        rows = F.avg_pool2d(z, (2 * NEAR + 1, 1), stride=1)                   # (N, 1, H, W + 24)
+        return F.avg_pool2d(rows, (1, 2 * NEAR + 1), stride=1)                # (N, 1, H, W)
 
     y_r = y_r.float()
     right, below = F.pad(y_r, (0, 1, 0, 0), mode="replicate"), F.pad(y_r, (0, 0, 0, 1), mode="replicate")
     gradient = (right.diff(dim=3).abs() + below.diff(dim=2).abs()) / 2        # (N, 3, H, W)
     square = near((x - y_r).square())                                         # (N, 1, H, W)
     return torch.minimum(near(gradient) / square.clamp_min(1e-12), square.sqrt() / QUIET).clamp_max(1)
+
+
+class EdgeConv(nn.Conv2d):
+    """A 3 x 3 convolution that repeats the picture's edge; padding_mode="replicate" would leave bfloat16."""
+
+    def forward(self, h):                                                     # (N, C_in, H, W)
+        h = torch.cat([h[:, :, :1], h, h[:, :, -1:]], dim=2)
+        return super().forward(torch.cat([h[..., :1], h, h[..., -1:]], dim=3))  # (N, C_out, H, W)
 
 
 class ResBlock(nn.Module):
@@ -77,7 +86,7 @@ class UNet(nn.Module):
         self.config = {"arch": "unet", "base": base, "multipliers": list(multipliers), "blocks": blocks,
                        "conditions": conditions, "noise_level": noise_level, "residual": residual}
         self.base, self.noise_level, self.residual = base, noise_level, residual
-        conv = functools.partial(nn.Conv2d, padding=1, padding_mode="replicate" if residual else "zeros")
+        conv = EdgeConv if residual else functools.partial(nn.Conv2d, padding=1)
         block = functools.partial(ResBlock, conv=conv)
         embedding = 4 * base if noise_level else 0  # as wide as DDPM's
         if noise_level:

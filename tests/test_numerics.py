@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from scipy.ndimage import median_filter
 
 from rng import metrics, scoring
 from rng.pipeline import RnG
@@ -84,7 +85,9 @@ def test_no_seams(whole, cut, flat, model, textured, monkeypatch):
         jumps = np.abs(np.diff(lines, axis=1)).mean((0, 2, 3))  # between line i and i + 1
         inside = np.delete(jumps, across).mean()
         if whole == 0:
-            assert jumps[across].max() <= 1 / 255
+            beside = median_filter(jumps, 9)  # what the detail itself jumps there
+            assert (jumps - beside)[across].max() <= 0.25 / 255
+            assert not flat or jumps[across].max() <= 1 / 255
             continue
         assert jumps[across].mean() <= 1.1 * inside
         assert jumps[across].max() <= 1.2 * inside
