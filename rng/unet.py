@@ -28,9 +28,11 @@ def noise_level_embedding(gamma, dim):
 def detail_kept(x, y_r):
     """The share of d_0 that a g with residual=True keeps at each pixel; not in the paper.
 
-    min(1, gradient of r(x) / noise^2, noise / QUIET), averaged over the 25 x 25 pixels around, with x - r(x) as
-    the noise. Where r(x) is even and the noise strong, x does not tell whether there was detail, and a wrong
-    guess costs more LPIPS than a right one gains. x, y_r = r(x): (N, 3, H, W) in [0, 1] -> (N, 1, H, W).
+    min(1, gradient of r(x) / noise^2, noise / QUIET), averaged over the 25 x 25 pixels around, with x - r(x)
+    as the noise. Where r(x) is even and the noise strong, x does not tell whether there was detail, and a
+    wrong guess costs more LPIPS than a right one gains.
+
+    x, y_r = r(x): (N, 3, H, W) in [0, 1] -> (N, 1, H, W) in [0, 1].
     """
     def near(z):
         z = F.pad(z.mean(dim=1, keepdim=True), (NEAR,) * 4, mode="replicate")  # (N, 1, H + 24, W + 24)
@@ -75,8 +77,8 @@ class UNet(nn.Module):
     base: channels at full resolution. multipliers: of base, one per level. blocks: residual blocks per level.
     conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
     noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
-    residual=True is a g for rng/finish.py: its last layer gives d_0, of which detail_kept says how much stays;
-    it has two conditions, and convolutions repeat the picture's edge (zeros there would teach g a frame).
+    residual=True is a g for rng/finish.py: its last layer gives d_0, and detail_kept says how much stays. It
+    has two conditions, and convolutions repeat the picture's edge (zeros there would teach g a frame).
     noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, first the identity.
     """
 

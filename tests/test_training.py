@@ -682,11 +682,12 @@ def test_finishing_starts_from_what_eq_5_has_trained(conditions):
 
 
 def test_a_finished_g_is_finished_further(train, world, tmp_path):
+    once, twice = (tmp_path / name / "gen.pt" for name in ("once", "twice"))
     assert train("gen", "once", FINISH) == 0
-    again = FINISH.replace("{world}/gen.pt", str(tmp_path / "once" / "gen.pt"))
+    again = FINISH.replace("{world}/gen.pt", str(once))
     assert train("gen", "twice", again + " --lr 0 --iterations 1") == 0
-    assert same(load(tmp_path / "once" / "gen.pt")["state_dict"], load(tmp_path / "twice" / "gen.pt")["state_dict"])
-    settings = folder.load_gen(tmp_path / "twice" / "gen.pt")[1]
+    assert same(load(once)["state_dict"], load(twice)["state_dict"])
+    settings = folder.load_gen(twice)[1]
     assert settings.condition == "both" and settings.residual_scale == 8
 
 
