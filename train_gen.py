@@ -56,7 +56,8 @@ def parse(argv):
                             "the paper: 1)")
     group.add_argument("--finish", action="store_true",
                        help="in place of Eq. 5: LPIPS of what g makes, for a g that Eq. 5 has trained "
-                            "(--init); it then sees x and r(x), and gives d_0; not in the paper")
+                            "(--init); it then sees x and r(x), whatever --condition says, and gives d_0; "
+                            "not in the paper")
     group.add_argument("--lpips-backbone",
                        help="file with AlexNet's convolutions, for LPIPS (default: fetched once)")
     data.add_arguments(parser)
@@ -151,10 +152,12 @@ def make_g(args):
         conditions = 2 if args.condition == "both" else 1
         return UNet(args.base, args.multipliers, args.blocks, conditions), settings
     g, before = folder.load_gen(args.init)
-    if before.condition != args.condition and not (args.finish and before.condition == "both"):
-        raise InputError(f"{args.init} has --condition {before.condition}; give that")
     if args.finish:  # which draws no noise levels
+        if before.condition == "initial":
+            raise InputError(f"{args.init} has --condition initial; --finish needs a g that sees x")
         g, settings = start_from(g), settings._replace(condition="both", train_end=before.train_end)
+    elif before.condition != args.condition:
+        raise InputError(f"{args.init} has --condition {before.condition}; give that")
     return g, settings._replace(residual_scale=scale or before.residual_scale)
 
 

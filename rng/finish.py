@@ -28,10 +28,9 @@ def start_from(g):
     """
     if g.residual:
         return g
-    config = g.config | {"conditions": 2, "residual": True}
-    finished = UNet(**{key: value for key, value in config.items() if key != "arch"})
-    weights = g.state_dict()
-    missing = 3 * (2 - g.config["conditions"])          # channels of r(x), between those of x and d_t
+    config, weights = g.config, g.state_dict()
+    finished = UNet(config["base"], config["multipliers"], config["blocks"], conditions=2, residual=True)
+    missing = 3 * (2 - config["conditions"])            # channels of r(x), between those of x and d_t
     intro = weights["intro.weight"]                     # (base, 3 * conditions + 3, 3, 3)
     weights["intro.weight"] = torch.cat(
         [intro[:, :3], intro.new_zeros(len(intro), missing, 3, 3), intro[:, 3:]], dim=1)

@@ -691,6 +691,14 @@ def test_a_finished_g_is_finished_further(train, world, tmp_path):
     assert settings.condition == "both" and settings.residual_scale == 8
 
 
+def test_a_g_that_sees_only_r_of_x_is_not_finished(train, tmp_path, capsys):
+    assert train("gen", "initial", "--condition initial --iterations 1") == 0
+    capsys.readouterr()
+    options = FINISH.replace("{world}/gen.pt", str(tmp_path / "initial" / "gen.pt"))
+    assert train("gen", "finished", options) == 2
+    assert "--finish needs a g that sees x" in refusal(capsys)
+
+
 def test_finishing_loss(world):
     """It has gradients for g alone, and is a function of its generator."""
     g, lpips = tiny()[1], metrics.LPIPS(world / "alexnet.npz")
