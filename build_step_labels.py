@@ -113,7 +113,7 @@ def draw_patch(args, sets, weights, n, made_with):
     top, left = random_place(clean, args.size, generator)
     sigma, clip, kind = None, False, None
     if noisy is None and args.noise == "wide":
-        sigma, kind = "wide", str(generator.choice(list(KINDS)))       # the rare kinds as often as the others
+        sigma, kind = "wide", str(generator.choice(list(KINDS), p=list(KINDS.values())))
     elif noisy is None:
         sigma, clip = NoiseMix(args.sigma, args.camera, args.clip_noisy).draw(generator)
     label = search.Label(n, chosen, item.name, top, left, args.size, sigma, clip, kind,

@@ -38,6 +38,8 @@ def parse(argv):
     group = parser.add_argument_group("network and labels")
     data.add_sets(group)
     presets.add(group, "--c", "channels of s's first block", type=number(int, 1))
+    group.add_argument("--by-cost", action="store_true",
+                       help="weigh each label by what its worst count costs in LPIPS; not in the paper")
     group.add_argument("--holdout", type=number(float, 0.01, 0.99), default=0.2,
                        help="share of the labels kept for validation, in whole pictures (default: 0.2)")
     training.add_optimiser_arguments(parser, presets)
@@ -57,6 +59,9 @@ def main(argv=None):
         raise InputError(f"the pictures of {len(labels)} labels are too few to train on some and hold out "
                          "others; run build_step_labels.py with more --patches, or give a smaller --holdout")
     target = scores.argmin(dim=1)                                      # ties go to the smaller step
+    cost = torch.ones(len(labels))                                     # of a wrong count; in the paper equal
+    if args.by_cost:
+        cost = cost_of_each(scores) / cost_of_each(scores[held_out:]).mean()
     torch.manual_seed(args.seed)
     s = StepController(args.c).to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(s).eval().requires_grad_(False)
@@ -67,12 +72,13 @@ def main(argv=None):
     told = {"label_set": f"{len(labels)} labels, hash {fingerprint([label._asdict() for label in labels])}"}
     run = training.Run(args, "controller", {"controller": (s, averaged)}, optimizer, told)
 
-    for k, batch in run.batches(functools.partial(stream, args, patches, target, names, held_out)):
+    for k, batch in run.batches(functools.partial(stream, args, patches, target, cost, names, held_out)):
         if args.cosine:                                                # in the paper the rate is constant
             optimizer.param_groups[0]["lr"] = args.lr * training.half_cosine(k, args.iterations)
         with autocast(device, args.precision):
             logits = s(batch["x"])                                     # (N, 11)
-        loss = F.cross_entropy(logits.float(), batch["target"])        # Sec. 3.2
+        loss = F.cross_entropy(logits.float(), batch["target"], reduction="none")  # Sec. 3.2, (N,)
+        loss = (batch["cost"] * loss).mean()                           # in the paper the cost is 1
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(s.parameters(), args.clip_grad)
@@ -125,7 +131,12 @@ def labelled_patches(args, labels):
         [[math.inf if value is None else value for value in label.lpips] for label in labels])
 
 
-def stream(args, patches, target, names, held_out, start, stop):
+def cost_of_each(scores):
+    """LPIPS (M, 11), inf where not tried -> what the worst count tried of each label costs, (M,)."""
+    return scores.where(scores.isfinite(), -math.inf).amax(dim=1) - scores.amin(dim=1)
+
+
+def stream(args, patches, target, cost, names, held_out, start, stop):
     """Random patches of those not held out, flipped and rotated: a function of (seed, iteration)."""
     for k in range(start, stop):
         generator = np.random.default_rng([args.seed, k])
@@ -133,7 +144,7 @@ def stream(args, patches, target, names, held_out, start, stop):
         turns, flips = generator.integers(4, size=args.batch), generator.integers(2, size=args.batch)
         x = [torch.rot90(patch.flip(2) if flip else patch, turn, (1, 2))
              for patch, turn, flip in zip(patches[index], turns.tolist(), flips)]
-        yield {"x": torch.stack(x).float(), "target": target[index],
+        yield {"x": torch.stack(x).float(), "target": target[index], "cost": cost[index],
                "name": [names[i] for i in index.tolist()]}
 
 

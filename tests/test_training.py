@@ -589,11 +589,30 @@ def test_controller_validation(train, tmp_path):
 
 def test_s_learns_the_best_count_of_each_label(train, monkeypatch):
     targets, real = [], F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy",
-                        lambda logits, target: (targets.append(target), real(logits, target))[1])
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, target, reduction: (
+        targets.append(target), real(logits, target, reduction=reduction))[1])
     assert train("controller", "model", "--iterations 2") == 0
     best = {int(np.argmin(label(n).lpips)) for n in range(10)}
     assert len(targets) == 2 and {*torch.cat(targets).tolist()} <= best
+
+
+@pytest.mark.parametrize("options, seen", [("", False), ("--by-cost", True)])
+def test_labels_weigh_what_a_wrong_count_costs(options, seen, train, monkeypatch):
+    """In the paper equally; with --by-cost by the worst count's LPIPS less the best's, 1 on average."""
+    costs, real = {}, train_controller.stream
+
+    def stream(args, patches, target, cost, names, held_out, start, stop):
+        costs.update(cost=cost, held_out=held_out)
+        return real(args, patches, target, cost, names, held_out, start, stop)
+
+    monkeypatch.setattr(train_controller, "stream", stream)
+    assert train("controller", "model", f"{options} --iterations 2") == 0
+    labels, _ = train_controller.held_out_first([label(n) for n in range(10)], 0.2)
+    expected = np.array([max(label.lpips) - min(label.lpips) for label in labels] if seen else [1] * 10)
+    expected = expected / expected[costs["held_out"]:].mean()
+    np.testing.assert_allclose(costs["cost"], expected, rtol=1e-5)
+    tried = torch.tensor([[0.2, math.inf, 0.5], [0.3, 0.3, math.inf]])
+    np.testing.assert_allclose(train_controller.cost_of_each(tried), [0.3, 0], atol=1e-6)
 
 
 # Stage 2's variants.
