@@ -27,7 +27,7 @@ from rng.support.crops import LABELS, random_place
 from rng.support.device import add_arguments as add_device_arguments
 from rng.support.device import rank, wait_for_all, world_size
 from rng.support.errors import InputError, Parser, append_line, number, script
-from rng.support.noise import KINDS, NoiseMix
+from rng.support.noise import NoiseMix, draw_kind
 
 
 def parse(argv):
@@ -113,7 +113,7 @@ def draw_patch(args, sets, weights, n, made_with):
     top, left = random_place(clean, args.size, generator)
     sigma, clip, kind = None, False, None
     if noisy is None and args.noise == "wide":
-        sigma, kind = "wide", str(generator.choice(list(KINDS), p=list(KINDS.values())))
+        sigma, kind = "wide", draw_kind(generator)
     elif noisy is None:
         sigma, clip = NoiseMix(args.sigma, args.camera, args.clip_noisy).draw(generator)
     label = search.Label(n, chosen, item.name, top, left, args.size, sigma, clip, kind,

@@ -59,9 +59,8 @@ def main(argv=None):
         raise InputError(f"the pictures of {len(labels)} labels are too few to train on some and hold out "
                          "others; run build_step_labels.py with more --patches, or give a smaller --holdout")
     target = scores.argmin(dim=1)                                      # ties go to the smaller step
-    cost = torch.ones(len(labels))                                     # of a wrong count; in the paper equal
-    if args.by_cost:
-        cost = cost_of_each(scores) / cost_of_each(scores[held_out:]).mean()
+    cost = cost_of_each(scores) if args.by_cost else torch.ones(len(labels))  # in the paper equal
+    cost = cost / cost[held_out:].mean()                               # (M,), 1 on average in training
     torch.manual_seed(args.seed)
     s = StepController(args.c).to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(s).eval().requires_grad_(False)

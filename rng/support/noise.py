@@ -96,13 +96,18 @@ KINDS = {  # of the wide mix, and how often each is drawn
 GREY = 1 / 8  # of the pictures are made grey
 
 
+def draw_kind(generator):
+    """A kind of the wide mix, as often as KINDS says."""
+    return str(generator.choice(list(KINDS), p=list(KINDS.values())))
+
+
 def wide_mix(clean, generator, kind=None):
     """Every noise that pictures come with, in one mix (not in the paper): draws a kind and its strength.
 
     clean: float32 (H, W, 3) in [0, 1] -> (clean, noisy). clean is grey in one of eight cases, and darkened
     for kind "dark". noisy is clipped and rounded to 8 bits in half of the cases. None draws the kind.
     """
-    kind = kind or str(generator.choice(list(KINDS), p=list(KINDS.values())))
+    kind = kind or draw_kind(generator)
     grey = generator.random() < GREY
     if grey:
         clean = np.repeat((clean @ LUMA)[..., None], 3, axis=2)
