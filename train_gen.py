@@ -161,6 +161,8 @@ def make_g(args, r):
             raise InputError("--finish needs a NAFNet for r, as wide as the one that g was finished with")
         g = start_from(g, r.config["width"])
         settings = settings._replace(condition="features", train_end=before.train_end)
+    elif before.condition == "features":
+        raise InputError(f"{args.init} has been finished; give --finish to finish it further")
     elif before.condition != args.condition:
         raise InputError(f"{args.init} has --condition {before.condition}; give that")
     return g, settings._replace(residual_scale=scale or before.residual_scale)

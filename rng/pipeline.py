@@ -81,7 +81,10 @@ class RnG:
 
     @torch.inference_mode()
     def condition(self, x, y_r):
-        """What g sees, see unet.condition; for r's features r is asked once more, a twelfth of the time."""
+        """What g sees of patches x, y_r (N, 3, H, W), see unet.condition.
+
+        For a g that sees r's features r is asked once more, a twelfth of the time; it must be its own NAFNet.
+        """
         kind, features = self.settings.condition, None
         if kind == "features":
             features = self._in_batches(functools.partial(self.recon, features=True), x)[:, 3:]

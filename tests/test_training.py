@@ -712,7 +712,7 @@ def test_finishing_goes_on_from_what_was_finished_before_r_had_features():
     assert torch.allclose(started(seen, d_t, gamma), before(seen[:, :6], d_t, gamma), atol=1e-5)
 
 
-def test_a_finished_g_is_finished_further(train, world, tmp_path):
+def test_a_finished_g_is_finished_further(train, world, tmp_path, capsys):
     once, twice = (tmp_path / name / "gen.pt" for name in ("once", "twice"))
     assert train("gen", "once", FINISH) == 0
     again = FINISH.replace("{world}/gen.pt", str(once))
@@ -720,6 +720,9 @@ def test_a_finished_g_is_finished_further(train, world, tmp_path):
     assert same(load(once)["state_dict"], load(twice)["state_dict"])
     settings = folder.load_gen(twice)[1]
     assert settings.condition == "features" and settings.residual_scale == 8
+    capsys.readouterr()
+    assert train("gen", "again", f"--init {once}") == 2
+    assert "has been finished; give --finish" in refusal(capsys)
 
 
 def test_a_g_that_sees_only_r_of_x_is_not_finished(train, tmp_path, capsys):
