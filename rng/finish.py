@@ -20,23 +20,22 @@ OFFSET = 16         # pixels: LPIPS sees a window at a random offset below this,
 WARM_UP = 100       # iterations in which the learning rate rises
 
 
-def start_from(g, features):
-    """The g that finishing starts from: a UNet with residual=True that sees x, r(x) and r's features.
+def start_from(g):
+    """The g that finishing starts from: a UNet with residual=True, from one that Eq. 5 has trained.
 
-    It takes over all weights of a g that Eq. 5 has trained, but those of the last layer, which was made for
-    noise and is now zero, as the weights of what it did not see. One that has been finished before keeps its
-    last layer. features: r's channels.
+    It takes over all weights but those of the last layer, which was made for noise and is now zero, as the
+    weights of a condition that it did not have. A g that has been finished before is returned as it is.
     """
+    if g.residual:
+        return g
     config, weights = g.config, g.state_dict()
-    finished = UNet(config["base"], config["multipliers"], config["blocks"], conditions=2, residual=True,
-                    features=features)
-    intro = weights["intro.weight"]                     # (base, known + 3, 3, 3), the last 3 for d_t
-    known = intro.shape[1] - 3
-    new = intro.new_zeros(len(intro), 6 + features - known, 3, 3)
-    weights["intro.weight"] = torch.cat([intro[:, :known], new, intro[:, known:]], dim=1)
-    if not g.residual:
-        weights |= {f"ending.{name}": tensor for name, tensor in finished.ending.state_dict().items()}
-    finished.load_state_dict(weights)
+    finished = UNet(config["base"], config["multipliers"], config["blocks"], conditions=2, residual=True)
+    missing = 3 * (2 - config["conditions"])            # channels of r(x), between those of x and d_t
+    intro = weights["intro.weight"]                     # (base, 3 * conditions + 3, 3, 3)
+    weights["intro.weight"] = torch.cat(
+        [intro[:, :3], intro.new_zeros(len(intro), missing, 3, 3), intro[:, 3:]], dim=1)
+    ending = {f"ending.{name}": tensor for name, tensor in finished.ending.state_dict().items()}
+    finished.load_state_dict(weights | ending)
     return finished
 
 

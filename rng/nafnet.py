@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEATURE_SCALE = 10  # brings the features that g sees to about unit variance
-
 
 class LayerNorm2d(nn.Module):
     """Normalises each pixel over its channels, (N, C, H, W) -> (N, C, H, W); eps as in the official code."""
@@ -95,12 +93,8 @@ class NAFNet(nn.Module):
             c //= 2
             self.decoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
 
-    def forward(self, x, features=False):
-        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), as large, unclipped.
-
-        features=True, not in the paper: (N, 3 + C, H, W), then come FEATURE_SCALE times the C channels that
-        the last convolution turns into the correction of x.
-        """
+    def forward(self, x):
+        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), as large, unclipped."""
         height, width = x.shape[-2:]
         multiple = 2 ** len(self.encoders)
         x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # (N, 3, H', W'), zeros as the authors do
@@ -113,10 +107,7 @@ class NAFNet(nn.Module):
         h = self.middle_blks(h)                                      # (N, 16C, H'/16, W'/16) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
             h = decoder(up(h) + skip)  # (N, 8C, H'/8, W'/8) and so on, to (N, C, H', W')
-        y = self.ending(h) + x                                       # (N, 3, H', W')
-        if features:
-            y = torch.cat([y, FEATURE_SCALE * h], dim=1)             # (N, 3 + C, H', W')
-        return y[..., :height, :width]
+        return (self.ending(h) + x)[..., :height, :width]            # (N, 3, H, W)
 
 
 def reconstruction_loss(clean, estimate, kind="mse"):

@@ -25,15 +25,6 @@ def noise_level_embedding(gamma, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()               # (N, dim)
 
 
-def condition(kind, x, y_r, features=None):
-    """What g sees: "noisy" x (the paper), "initial" r(x) (Table 1), "both", or these and r's "features".
-
-    x, y_r = r(x): (N, 3, H, W). features: (N, C, H, W), as from NAFNet. -> (N, 3, 6 or 6 + C, H, W).
-    """
-    seen = {"noisy": [x], "initial": [y_r], "both": [x, y_r], "features": [x, y_r, features]}[kind]
-    return torch.cat(seen, dim=1)
-
-
 def detail_kept(x, y_r):
     """The share of d_0 that a g with residual=True keeps at each pixel; not in the paper.
 
@@ -87,17 +78,15 @@ class UNet(nn.Module):
     conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
     noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
     residual=True is a g for rng/finish.py: its last layer gives d_0, and detail_kept says how much stays. It
-    has two conditions and r's features, this many channels, and convolutions repeat the picture's edge (zeros
-    there would teach g a frame).
+    has two conditions, and convolutions repeat the picture's edge (zeros there would teach g a frame).
     noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, first the identity.
     """
 
     def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True,
-                 residual=False, features=0):
+                 residual=False):
         super().__init__()
         self.config = {"arch": "unet", "base": base, "multipliers": list(multipliers), "blocks": blocks,
-                       "conditions": conditions, "noise_level": noise_level, "residual": residual,
-                       "features": features}
+                       "conditions": conditions, "noise_level": noise_level, "residual": residual}
         self.base, self.noise_level, self.residual = base, noise_level, residual
         conv = EdgeConv if residual else functools.partial(nn.Conv2d, padding=1)
         block = functools.partial(ResBlock, conv=conv)
@@ -106,7 +95,7 @@ class UNet(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding),
                                      nn.SiLU())
         channels = [base * m for m in multipliers]
-        self.intro = conv(3 * conditions + features + 3 * noise_level, base, 3)
+        self.intro = conv(3 * conditions + 3 * noise_level, base, 3)
         self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
         self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
         for c, c_next in zip(channels[:-1], channels[1:]):
@@ -123,13 +112,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.ending.bias)
 
     def forward(self, x, d_t=None, gamma=None):
-        """x: images in [0, 1] and features, (N, 3 * conditions + features, H, W), as `condition` gives them.
+        """x (N, 3 * conditions, H, W) in [0, 1], d_t (N, 3, H, W) of unit variance, gamma (N,) float64.
 
-        d_t: (N, 3, H, W) of unit variance. gamma: (N,) float64.
         Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
         """
         height, width = x.shape[-2:]
-        h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, C_in, H, W)
+        h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, 3 or 6 or 9, H, W)
         multiple = 2 ** len(self.downs)                                       # 8 with four levels
         h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")  # (N, ., H', W')
         level = self.mlp(noise_level_embedding(gamma, self.base)) if self.noise_level else None  # (N, E)
@@ -148,6 +136,6 @@ class UNet(nn.Module):
                 h = block(h, level)                                           # (N, 3C, H'/4, W'/4) and so on
         out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)
         if self.residual:
-            out = detail_kept(x[:, :3], x[:, 3:6]) * out.float()              # (N, 3, H, W), d_0
+            out = detail_kept(*x.chunk(2, dim=1)) * out.float()               # (N, 3, H, W), d_0
             return ddpm.noise_in(d_t, out, gamma)
         return out if self.noise_level else x + out
