@@ -15,13 +15,13 @@ import torch
 
 from rng import ddpm, folder, metrics, tiling
 from rng.finish import OFFSET, WARM_UP, finishing_loss, start_from
-from rng.nafnet import reconstruction_loss
+from rng.nafnet import NAFNet, reconstruction_loss
 from rng.pipeline import RnG
 from rng.support import crops, data, training
 from rng.support.checkpoint import fingerprint, save_weights
 from rng.support.device import autocast, mean, pick, replica
 from rng.support.errors import InputError, Parser, number, script
-from rng.unet import UNet
+from rng.unet import UNet, condition
 
 PRESETS = {
     "paper": dict(base=64, multipliers=[1, 2, 3, 4], blocks=3, train_end=0.01, iterations=1_000_000,
@@ -56,8 +56,8 @@ def parse(argv):
                             "the paper: 1)")
     group.add_argument("--finish", action="store_true",
                        help="in place of Eq. 5: LPIPS of what g makes, for a g that Eq. 5 has trained "
-                            "(--init); it then sees x and r(x), whatever --condition says, and gives d_0; "
-                            "not in the paper")
+                            "(--init); it then sees x, r(x) and r's features, whatever --condition says, "
+                            "and gives d_0; not in the paper")
     group.add_argument("--lpips-backbone",
                        help="file with AlexNet's convolutions, for LPIPS (default: fetched once)")
     data.add_arguments(parser)
@@ -70,8 +70,8 @@ def parse(argv):
     least = metrics.LPIPS_SIZE + (OFFSET - 1 if args.finish else 0)
     if args.crop < least:
         raise InputError(f"LPIPS needs a --crop of at least {least} pixels")
-    if args.finish and args.scheme != "two-stage":
-        raise InputError("--finish is for --scheme two-stage: r must be trained")
+    if args.finish and (args.scheme, args.target) != ("two-stage", "residual"):
+        raise InputError("--finish is for --scheme two-stage and --target residual: r must be trained")
     if args.finish and not args.init:
         raise InputError("--finish needs a g that Eq. 5 has trained: give --init FILE, its gen.pt")
     return args
@@ -82,20 +82,21 @@ def main(argv=None):
     args = parse(argv)
     device = pick(args.device)
     torch.manual_seed(args.seed)
-    g, settings = make_g(args)
-    g.to(device, memory_format=torch.channels_last).train()
-    trained = {"gen": (g, copy.deepcopy(g).eval().requires_grad_(False))}
-    parameters = list(g.parameters())
+    r = None
     if args.scheme == "two-stage":
         r = folder.load_recon(args.model / "recon.pt").requires_grad_(False)
         r.to(device, memory_format=torch.channels_last)
-    else:
+    g, settings = make_g(args, r)
+    g.to(device, memory_format=torch.channels_last).train()
+    trained = {"gen": (g, copy.deepcopy(g).eval().requires_grad_(False))}
+    parameters = list(g.parameters())
+    if not r:
         r = untrained_recon(args, g).to(device, memory_format=torch.channels_last).train()
         trained["recon"] = r, copy.deepcopy(r).eval().requires_grad_(False)
         parameters += r.parameters()
     if args.compile:
-        g.compile()
-        r.compile()
+        for network, _ in trained.values():
+            network.compile()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = ddpm.linear_schedule(ddpm.T_TRAIN, args.train_end)
     stream = crops.Stream(args, functools.partial(draw_noise, schedule))
@@ -105,7 +106,9 @@ def main(argv=None):
         raise InputError("--finish needs LPIPS, and its backbone could not be had; give --lpips-backbone")
     told = {"recon": fingerprint(r) if args.scheme == "two-stage" else None}
     run = training.Run(args, "gen", trained, optimizer, told, stream.pictures)
-    r_replica = replica(r, device) if "recon" in trained else r
+    # A frozen r is not compiled in place: validate needs r as it is, for torch 2.13.0 compiles it to NaN for
+    # single crops on a CPU with AMX.
+    r_replica = replica(r, device) if "recon" in trained else torch.compile(r, disable=not args.compile)
     g_replica = replica(g, device)
     if settings.residual_scale is None:
         settings = settings._replace(residual_scale=measured_scale(args, run, r, stream))
@@ -117,9 +120,10 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = args.lr * rate
         x, y, gamma, eps = batch["noisy"], batch["clean"], batch["gamma"], batch["eps"]
         with autocast(device, args.precision):
-            y_r = reconstruct(args, r_replica, x)                      # (N, 3, crop, crop)
+            of_r = reconstruct(args, r_replica, x)                     # (N, 3 or 3 + C, crop, crop)
+            y_r = of_r[:, :3]
+            cond = condition(settings.condition, x, y_r, of_r[:, 3:])
             d_0 = (y - y_r) * settings.residual_scale                  # unit variance; in the paper 1
-            cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[settings.condition]
             if args.finish:                                            # not in the paper
                 loss = finishing_loss(g_replica, lpips, cond, y_r, y, settings.residual_scale,
                                       np.random.default_rng([args.seed, k]))
@@ -143,7 +147,7 @@ def main(argv=None):
     return 0
 
 
-def make_g(args):
+def make_g(args, r):
     """-> (g, GenSettings), untrained or as --init names it; a residual_scale of None is to be measured."""
     # an untrained r leaves no residual to measure
     scale = args.residual_scale or (None if args.scheme == "two-stage" else 1.0)
@@ -155,7 +159,12 @@ def make_g(args):
     if args.finish:  # which draws no noise levels
         if before.condition == "initial":
             raise InputError(f"{args.init} has --condition initial; --finish needs a g that sees x")
-        g, settings = start_from(g), settings._replace(condition="both", train_end=before.train_end)
+        if not isinstance(r, NAFNet) or g.config["features"] not in (0, r.config["width"]):
+            raise InputError("--finish needs a NAFNet for r, as wide as the one that g was finished with")
+        g = start_from(g, r.config["width"])
+        settings = settings._replace(condition="features", train_end=before.train_end)
+    elif before.condition == "features":
+        raise InputError(f"{args.init} has been finished; give --finish to finish it further")
     elif before.condition != args.condition:
         raise InputError(f"{args.init} has --condition {before.condition}; give that")
     return g, settings._replace(residual_scale=scale or before.residual_scale)
@@ -176,8 +185,10 @@ def draw_noise(schedule, generator, shape):
 
 
 def reconstruct(args, r, x):
-    """r(x), or the constant of --target clean, for noisy crops (N, 3, H, W)."""
-    return torch.full_like(x, 0.5) if args.target == "clean" else r(x).float()
+    """For noisy crops (N, 3, H, W): r(x), or the constant of --target clean; --finish: r's features too."""
+    if args.target == "clean":
+        return torch.full_like(x, 0.5)
+    return (r(x, features=True) if args.finish else r(x)).float()
 
 
 def measured_scale(args, run, r, stream):
@@ -187,7 +198,8 @@ def measured_scale(args, run, r, stream):
     count, total, squares = 0, 0.0, 0.0
     with torch.no_grad(), autocast(run.device, args.precision):
         for batch in stream(0, SCALE_BATCHES):
-            residual = (batch["clean"] - reconstruct(args, r, batch["noisy"].to(run.device)).cpu()).double()
+            y_r = reconstruct(args, r, batch["noisy"].to(run.device))[:, :3].cpu()
+            residual = (batch["clean"] - y_r).double()
             count, total, squares = (count + residual.numel(), total + residual.sum().item(),
                                      squares + residual.square().sum().item())
     average, square = mean([total / count, squares / count], run.device)

@@ -12,7 +12,7 @@ from rng.controller import StepController
 from rng.nafnet import NAFNet, config_from_state_dict
 from rng.support.checkpoint import fingerprint, load, load_weights, rebuild
 from rng.support.errors import InputError, reading, write_text
-from rng.unet import UNet
+from rng.unet import UNet, condition
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class GenSettings(NamedTuple):
     """How g was trained, kept beside its weights."""
 
-    condition: str = "noisy"       # what g sees: "noisy" x, "initial" r(x), or "both"
+    condition: str = "noisy"       # what g sees, see unet.condition
     target: str = "residual"       # of "clean" (Table 4) r is the constant 0.5
     residual_scale: float = 1.0    # d_0 = (y - r(x)) * residual_scale
     train_end: float = 0.01        # end point of 1 - alpha in training
@@ -74,13 +74,14 @@ def load_gen(path):
         config = dict(content["config"])
         unet = config.pop("unet")
         settings = GenSettings(**config)
-        if not (settings.condition in ("noisy", "initial", "both")
+        if not (settings.condition in ("noisy", "initial", "both", "features")
                 and settings.target in ("residual", "clean") and settings.residual_scale is not True
                 and 0 < settings.residual_scale <= torch.finfo(torch.float32).max
                 and ddpm.BETA_1 <= settings.train_end < 1 and isinstance(settings.recon, str | None)):
             raise ValueError("impossible settings")
         unet = {key: value for key, value in unet.items() if key != "arch"} | {"noise_level": True}
-    x = torch.zeros(1, 6 if settings.condition == "both" else 3, 16, 16)
+        image, features = torch.zeros(1, 3, 16, 16), torch.zeros(1, unet.get("features", 0), 16, 16)
+        x = condition(settings.condition, image, image, features)
     d_t, gamma = torch.zeros(1, 3, 16, 16), torch.tensor([0.5], dtype=torch.float64)
     return rebuild(path, UNet, unet, content["state_dict"], x, d_t, gamma), settings
 
@@ -140,7 +141,8 @@ def load_model(folder, schedule=True):
     gen = settings = controller = None
     if (folder / "gen.pt").exists():
         gen, settings = load_gen(folder / "gen.pt")
-        if settings.recon not in (None, fingerprint(recon)):
+        seen = settings.condition == "features" and recon.config.get("width") != gen.config["features"]
+        if seen or settings.recon not in (None, fingerprint(recon)):
             raise InputError(f"{folder / 'gen.pt'} was trained with another recon.pt; bring back that one, "
                              "or train g again")
     schedules = load_schedules(folder, gen and fingerprint(gen)) if schedule else Schedules()

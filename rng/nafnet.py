@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+FEATURE_SCALE = 10  # brings the features that g sees to about unit variance
+MARGIN = 16         # pixels of reflection around a patch whose features are asked for
+
 
 class LayerNorm2d(nn.Module):
     """Normalises each pixel over its channels, (N, C, H, W) -> (N, C, H, W); eps as in the official code."""
@@ -22,6 +25,11 @@ class LayerNorm2d(nn.Module):
         x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C)
         x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # (N, H, W, C)
         return x.permute(0, 3, 1, 2)       # (N, C, H, W) float32
+
+
+def smooth(h):
+    """[1 2 1] / 4 in both directions, (N, C, H, W) -> (N, C, H - 2, W - 2)."""
+    return F.avg_pool2d(F.avg_pool2d(h, 2, stride=1), 2, stride=1)
 
 
 class SimpleGate(nn.Module):
@@ -93,8 +101,22 @@ class NAFNet(nn.Module):
             c //= 2
             self.decoders.append(nn.Sequential(*[NAFBlock(c) for _ in range(blocks)]))
 
-    def forward(self, x):
-        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), as large, unclipped."""
+    def forward(self, x, features=False):
+        """Noisy x (N, 3, H, W), RGB in [0, 1] but for noise, H and W from 1 -> r(x), as large, unclipped.
+
+        features=True, not in the paper, H and W from MARGIN + 1: (N, 3 + C, H, W), after r(x) the C channels
+        that the last convolution turns into the correction of x, times FEATURE_SCALE. As they are, they show
+        how r calculates: a frame from zero padding, a checkerboard from the pixel shuffles. So r gets x
+        extended by MARGIN pixels of reflection, and the channels are smoothed.
+        """
+        if not features:
+            return self._decoded(x)[0]
+        y, h = self._decoded(F.pad(x, (MARGIN,) * 4, mode="reflect"))
+        y, h = F.pad(y, (-MARGIN,) * 4), smooth(F.pad(h, (1 - MARGIN,) * 4).float())
+        return torch.cat([y, FEATURE_SCALE * h], dim=1)                      # (N, 3 + C, H, W)
+
+    def _decoded(self, x):
+        """Noisy x (N, 3, H, W) -> r(x) (N, 3, H, W), and what the last convolution reads, (N, C, H, W)."""
         height, width = x.shape[-2:]
         multiple = 2 ** len(self.encoders)
         x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # (N, 3, H', W'), zeros as the authors do
@@ -107,7 +129,8 @@ class NAFNet(nn.Module):
         h = self.middle_blks(h)                                      # (N, 16C, H'/16, W'/16) with four levels
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
             h = decoder(up(h) + skip)  # (N, 8C, H'/8, W'/8) and so on, to (N, C, H', W')
-        return (self.ending(h) + x)[..., :height, :width]            # (N, 3, H, W)
+        y = self.ending(h) + x                                       # (N, 3, H', W')
+        return y[..., :height, :width], h[..., :height, :width]
 
 
 def reconstruction_loss(clean, estimate, kind="mse"):

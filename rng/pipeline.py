@@ -1,12 +1,13 @@
 """Algorithm 1 on a picture of any size: cut into patches, which go through s, r and g, and are stitched."""
 
+import functools
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rng import ddpm, folder, tiling
+from rng import ddpm, folder, tiling, unet
 from rng.support.device import autocast, pick
 from rng.support.errors import InputError
 from rng.support.images import PEAK, to_pixels, to_tensor
@@ -78,9 +79,16 @@ class RnG:
                              "give --steps N, or train the controller")
         return self._in_batches(self.controller.predict_steps, x)
 
+    @torch.inference_mode()
     def condition(self, x, y_r):
-        """What g sees: x (the paper), r(x) (Table 1), or both, concatenated."""
-        return {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], dim=1)}[self.settings.condition]
+        """What g sees of patches x, y_r (N, 3, H, W), see unet.condition.
+
+        For a g that sees r's features r is asked once more, a tenth of the time; it must be its own NAFNet.
+        """
+        kind, features = self.settings.condition, None
+        if kind == "features":
+            features = self._in_batches(functools.partial(self.recon, features=True), x)[:, 3:]
+        return unet.condition(kind, x, y_r, features)
 
     def generate(self, x, y_r, T, noise):
         """Algorithm 1, lines 2 to 5, for patches x, y_r (N, 3, H, W): d_0 in [0, 1] units, as in denoise."""

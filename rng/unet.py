@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rng import ddpm
+from rng.nafnet import smooth
 
 NEAR = 12      # pixels to each side that detail_kept looks at: what tiling drops of a patch's border
 QUIET = 0.015  # noise, in [0, 1] units, below which there is less detail: r cannot have lost what it left
@@ -23,6 +24,15 @@ def noise_level_embedding(gamma, dim):
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=gamma.device) / (dim // 2))
     angle = position[:, None] * frequency.double()                            # (N, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()               # (N, dim)
+
+
+def condition(kind, x, y_r, features=None):
+    """What g sees: "noisy" x (the paper), "initial" r(x) (Table 1), "both", or these and r's "features".
+
+    x, y_r = r(x): (N, 3, H, W). features: (N, C, H, W), as from NAFNet. -> (N, 3, 6 or 6 + C, H, W).
+    """
+    seen = {"noisy": [x], "initial": [y_r], "both": [x, y_r], "features": [x, y_r, features]}[kind]
+    return torch.cat(seen, dim=1)
 
 
 def detail_kept(x, y_r):
@@ -78,16 +88,18 @@ class UNet(nn.Module):
     conditions: images the network is conditioned on, concatenated (1: x or r(x), 2: both).
     noise_level=True is g: forward(x, d_t, gamma) -> predicted noise, zero at the start of training.
     residual=True is a g for rng/finish.py: its last layer gives d_0, and detail_kept says how much stays. It
-    has two conditions, and convolutions repeat the picture's edge (zeros there would teach g a frame).
+    has two conditions and r's features, this many channels, and convolutions repeat the picture's edge (zeros
+    there would teach g a frame). softness, 0 in training: the share of its d_0 that is smoothed.
     noise_level=False is Table 1's reconstructive U-Net: forward(x) -> x + correction, first the identity.
     """
 
     def __init__(self, base=64, multipliers=(1, 2, 3, 4), blocks=3, conditions=1, noise_level=True,
-                 residual=False):
+                 residual=False, features=0, softness=0.0):
         super().__init__()
         self.config = {"arch": "unet", "base": base, "multipliers": list(multipliers), "blocks": blocks,
-                       "conditions": conditions, "noise_level": noise_level, "residual": residual}
-        self.base, self.noise_level, self.residual = base, noise_level, residual
+                       "conditions": conditions, "noise_level": noise_level, "residual": residual,
+                       "features": features, "softness": softness}
+        self.base, self.noise_level, self.residual, self.softness = base, noise_level, residual, softness
         conv = EdgeConv if residual else functools.partial(nn.Conv2d, padding=1)
         block = functools.partial(ResBlock, conv=conv)
         embedding = 4 * base if noise_level else 0  # as wide as DDPM's
@@ -95,7 +107,7 @@ class UNet(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding),
                                      nn.SiLU())
         channels = [base * m for m in multipliers]
-        self.intro = conv(3 * conditions + 3 * noise_level, base, 3)
+        self.intro = conv(3 * conditions + features + 3 * noise_level, base, 3)
         self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
         self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
         for c, c_next in zip(channels[:-1], channels[1:]):
@@ -112,12 +124,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.ending.bias)
 
     def forward(self, x, d_t=None, gamma=None):
-        """x (N, 3 * conditions, H, W) in [0, 1], d_t (N, 3, H, W) of unit variance, gamma (N,) float64.
+        """x: images in [0, 1] and features, (N, 3 * conditions + features, H, W), as `condition` gives them.
 
+        d_t: (N, 3, H, W) of unit variance. gamma: (N,) float64.
         Returns (N, 3, H, W): the noise in d_t (Eq. 2's g), or the clean image where noise_level is off.
         """
         height, width = x.shape[-2:]
-        h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, 3 or 6 or 9, H, W)
+        h = torch.cat([x, d_t], dim=1) if self.noise_level else x             # (N, C_in, H, W)
         multiple = 2 ** len(self.downs)                                       # 8 with four levels
         h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")  # (N, ., H', W')
         level = self.mlp(noise_level_embedding(gamma, self.base)) if self.noise_level else None  # (N, E)
@@ -136,6 +149,8 @@ class UNet(nn.Module):
                 h = block(h, level)                                           # (N, 3C, H'/4, W'/4) and so on
         out = self.ending(F.silu(h))[..., :height, :width]                    # (N, 3, H, W)
         if self.residual:
-            out = detail_kept(*x.chunk(2, dim=1)) * out.float()               # (N, 3, H, W), d_0
+            out = out.float()
+            out = torch.lerp(out, smooth(F.pad(out, (1,) * 4, mode="replicate")), self.softness)
+            out = detail_kept(x[:, :3], x[:, 3:6]) * out                      # (N, 3, H, W), d_0
             return ddpm.noise_in(d_t, out, gamma)
         return out if self.noise_level else x + out

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import correlate1d
 
 from rng import ddpm, folder
 from rng.controller import STEPS, StepController
-from rng.nafnet import NAFBlock, NAFNet, config_from_state_dict
+from rng.nafnet import FEATURE_SCALE, NAFBlock, NAFNet, config_from_state_dict
 from rng.unet import NEAR, QUIET, UNet, detail_kept, noise_level_embedding
 
 ODD_SIZES = [(1, 1), (1, 2), (3, 1), (7, 5), (8, 8), (9, 17), (16, 31), (33, 20)]
@@ -104,6 +105,21 @@ def test_nafnet_is_the_official_one(seed, size):
     assert_every_parameter_matters(network, noise(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("seed, size", list(enumerate(
+    [(17, 17), (17, 40), (32, 32), (64, 20), (33, 31), (48, 25)])))
+def test_nafnet_features_are_what_its_last_convolution_reads(seed, size):
+    network, read = randomised(NAFNet(**random_config(seed)), seed), []
+    x, here = noise(2, 3, *size, seed=seed), (..., *(slice(16, 16 + side) for side in size))
+    out = network(x, features=True)
+    network.ending.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+    y_r = network(torch.from_numpy(np.pad(x, [(0, 0), (0, 0), (16, 16), (16, 16)], mode="reflect")))
+    assert torch.allclose(out[:, :3], y_r[here], atol=1e-6)
+    smooth = read[0].double().numpy()
+    for axis in (2, 3):
+        smooth = correlate1d(smooth, [0.25, 0.5, 0.25], axis)
+    assert torch.allclose(out[:, 3:].double() / FEATURE_SCALE, torch.from_numpy(smooth)[here], atol=1e-5)
+
+
 @pytest.mark.parametrize("width, millions", [(32, 29.16), (64, 115.98)])
 def test_nafnet_has_the_official_size_and_names(width, millions):
     with torch.device("meta"):
@@ -190,12 +206,13 @@ def plain_u(network, h, level, edge, depth=0):
 
 
 KINDS = [dict(conditions=1), dict(conditions=2), dict(noise_level=False), dict(multipliers=(1, 2), blocks=3),
-         dict(conditions=2, residual=True)]
+         dict(conditions=2, residual=True, features=5), dict(conditions=2, residual=True, softness=0.4)]
 
 
 def unet_and_inputs(arguments, height, width):
     network = UNet(**{"base": 4, "blocks": 1, **arguments})
-    x, d_t = noise(2, 3 * network.config["conditions"], height, width), noise(2, 3, height, width, seed=1)
+    channels = 3 * network.config["conditions"] + network.config["features"]
+    x, d_t = noise(2, channels, height, width), noise(2, 3, height, width, seed=1)
     return network, [x, d_t, torch.tensor([0.3, 0.999]).double()] if network.noise_level else [x]
 
 
@@ -216,7 +233,10 @@ def test_unet_is_a_u(arguments, height, width):
     out = plain_conv(F.silu(out), p, "ending", edge)[..., :height, :width]
     if network.residual:  # it is d_0: the noise is what is left of d_t, in float64
         x, d_t, gamma = inputs[0], inputs[1].double(), inputs[2][:, None, None, None]
-        out = (d_t - gamma.sqrt() * detail_kept(x[:, :3], x[:, 3:]) * out) / (1 - gamma).sqrt()
+        smooth = F.pad(out, (1,) * 4, "replicate").unfold(2, 3, 1).unfold(3, 3, 1)  # (N, 3, H, W, 3, 3)
+        smooth = (smooth * torch.tensor([1, 2, 1]) * torch.tensor([[1], [2], [1]])).sum((4, 5)) / 16
+        out = out + network.softness * (smooth - out)
+        out = (d_t - gamma.sqrt() * detail_kept(x[:, :3], x[:, 3:6]) * out) / (1 - gamma).sqrt()
         out = out.float()
     elif not network.noise_level:
         out = inputs[0] + out

@@ -33,7 +33,9 @@ class ByBrightness(nn.Module):  # a controller one can foresee: 0, 1, 2 or 3 ste
 
 
 def tiny_networks(condition="noisy"):
-    networks = NAFNet(4, [1], 1, [1]), UNet(4, (1, 2), 1, 1 + (condition == "both"))
+    features = 4 * (condition == "features")
+    r, conditions = NAFNet(4, [1], 1, [1]), 1 + (condition in ("both", "features"))
+    networks = r, UNet(4, (1, 2), 1, conditions, features=features)
     generator = torch.Generator().manual_seed(0)
     for parameter in nn.ModuleList(networks).parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -80,12 +82,13 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
         noise = tiling.NoiseField([(seed, *place)], *x.shape[2:])
         y_r = torch.full_like(x, 0.5) if model.settings.target == "clean" else model.recon(x)     # line 1
         d = noise(0)
-        cond = {"noisy": x, "initial": y_r, "both": torch.cat([x, y_r], 1)}[model.settings.condition]
+        seen = {"noisy": [x], "initial": [y_r], "both": [x, y_r],
+                "features": [x, y_r, model.recon(x, features=True)[:, 3:]]}[model.settings.condition]
         end = FOUND.ends.get(T, min(0.5, 20 / max(T, 1)))
         alpha = 1 - (np.linspace(1e-6, end, T) if T > 1 else np.array([end]))
         for t in range(T, 0, -1):                                                                 # line 2
             alpha_t, gamma_t = alpha[t - 1], math.prod(alpha[:t])                                 # line 3
-            eps_hat = model.gen(cond, d, torch.tensor([gamma_t], dtype=torch.float64))
+            eps_hat = model.gen(torch.cat(seen, dim=1), d, torch.tensor([gamma_t], dtype=torch.float64))
             d = (d - (1 - alpha_t) / math.sqrt(1 - gamma_t) * eps_hat) / math.sqrt(alpha_t)       # line 4
             if t > 1:
                 d = d + math.sqrt(1 - alpha_t) * noise(t)
@@ -93,7 +96,8 @@ def algorithm_1(model, image, steps, seed=0, detail=1.0):
     return stitch(pieces, height, width).permute(1, 2, 0).numpy(), counts
 
 
-@pytest.mark.parametrize("settings", [("noisy",), ("initial",), ("both",), ("noisy", "clean")])
+@pytest.mark.parametrize("settings", [("noisy",), ("initial",), ("both",), ("features",),
+                                      ("noisy", "clean")])
 @pytest.mark.parametrize("size, dtype, steps, detail, seed", [
     ((20, 30), np.float32, 0, 1, 0), ((1, 1), np.uint8, 2, 1, 1), ((300, 17), np.uint16, 4, 2, 2),
     ((5, 259), np.uint8, 1, 1, 3), ((259, 5), np.float32, 3, 0.4, 4), ((270, 490), np.float32, "auto", 1, 5)])
@@ -255,7 +259,7 @@ def assert_refused(folder, mention=""):
         RnG.load(folder, "cpu")
 
 
-@pytest.mark.parametrize("settings", [("noisy",), ("initial",), ("both", "clean")])
+@pytest.mark.parametrize("settings", [("noisy",), ("initial",), ("both", "clean"), ("features",)])
 def test_saved_model_is_the_model(tmp_path, settings):
     saved, image = save_model(tmp_path, *settings), random_image(64, 64, np.uint8)
     loaded, x = RnG.load(tmp_path, "cpu", "float32"), torch.rand(3, 3, 32, 32)
@@ -282,6 +286,13 @@ def test_networks_that_do_not_belong_together_are_refused(copy):
     nn.init.normal_(recon.ending.weight)
     save_weights(copy / "recon.pt", "recon", recon.config, recon, {})
     assert_refused(copy, "trained with another recon.pt")
+
+
+def test_a_g_that_sees_features_wants_an_r_that_has_them(tmp_path):
+    save_model(tmp_path, "features")
+    for r in (NAFNet(6, [1], 1, [1]), UNet(base=4, blocks=1, noise_level=False)):
+        save_weights(tmp_path / "recon.pt", "recon", r.config, r, {})
+        assert_refused(tmp_path, "trained with another recon.pt")
 
 
 def test_model_is_found_by_name_but_a_path_wins(folder, copy, monkeypatch):
@@ -362,11 +373,13 @@ WRONG = [(where, value) for where, values in {
     "recon.pt state_dict": [None, [], {3: INTRO}, {"intro.weight": 3}], "controller.pt kind": ["recon"],
     "recon.pt config": [{}, {"arch": "nafnet", "depth": 3}, {"enc": 3}, {"dec": [None]}, {3: 4}, *(
         {"width": width} for width in (4, "4", -4, 10 ** 5, 10 ** 30)), {"arch": "unet", "multipliers": []}],
-    "gen.pt config condition": ["foo", None, 3, ["noisy"], "both"], "gen.pt config target": ["foo", None, {}],
+    "gen.pt config condition": ["foo", None, 3, ["noisy"], "both", "features"],
+    "gen.pt config target": ["foo", None, {}],
     "gen.pt config residual_scale": [0, -1.0, math.nan, math.inf, "8", None, [8.0], True, 10 ** 400],
     "gen.pt config train_end": [0, 1, math.nan, "0.01", None], "gen.pt config recon": [3, []],
     "gen.pt config further": [1], "gen.pt config unet": [None, 3, [], {}], "gen.pt config unet noise": [1],
     "gen.pt config unet multipliers": [[], 3, "12"], "gen.pt config unet base": ["4", 4.0, 10 ** 5],
+    "gen.pt config unet features": [1, -1, None, "3"],
     "gen.pt config unet blocks": [0, None], "gen.pt config unet conditions": [2]}.items() for value in values]
 
 

@@ -24,7 +24,7 @@ import train_gen
 import train_recon
 from rng import ddpm, folder, metrics, search
 from rng.controller import STEPS
-from rng.finish import WARM_UP, finishing_loss, start_from
+from rng.finish import ANCHOR, GRID, WARM_UP, finishing_loss, start_from
 from rng.nafnet import NAFNet, reconstruction_loss
 from rng.pipeline import RnG
 from rng.support import checkpoint, crops, training
@@ -412,6 +412,7 @@ def test_ctrl_c_outside_a_loop_ends_in_a_word(capsys, monkeypatch):
     ("gen", "--finish --crop 48", "--finish needs a g that Eq. 5 has trained"),
     ("gen", "--finish --crop 48 --init {world}/gen.pt", "--finish needs LPIPS"),
     ("gen", FINISH + " --scheme joint", "--finish is for --scheme two-stage"),
+    ("gen", FINISH + " --target clean", "--finish is for --scheme two-stage and --target residual"),
     ("gen", "--init {world}/gen.pt --condition both", "has --condition noisy"),
     ("recon", "--root nowhere", "nowhere"),
     ("recon", "--model {world}/gen.pt", "gen.pt"),  # a file for a folder
@@ -619,7 +620,7 @@ def test_labels_weigh_what_a_wrong_count_costs(options, train, monkeypatch):
 
 @pytest.mark.parametrize("options, condition, scale", [
     ("--condition initial --precision bfloat16", "initial", None), ("--condition both", "both", None),
-    ("--residual-scale 1", "noisy", 1.0), (FINISH + " --residual-scale 2", "both", 2.0)])
+    ("--residual-scale 1", "noisy", 1.0), (FINISH + " --residual-scale 2", "features", 2.0)])
 def test_two_stages_leave_r_untouched(options, condition, scale, train, world, tmp_path):
     model = tmp_path / "model"
     assert train("gen", "model", f"{options} --iterations 2") == 0
@@ -627,7 +628,8 @@ def test_two_stages_leave_r_untouched(options, condition, scale, train, world, t
     assert same(load(model / "recon.pt"), load(tmp_path / "recon.pt"))
     assert "recon" not in load(model / "last_gen.pt")
     g, settings = folder.load_gen(model / "gen.pt")
-    assert settings.condition == condition and g.intro.in_channels == (9 if condition == "both" else 6)
+    assert settings.condition == condition
+    assert g.intro.in_channels == {"both": 9, "features": 9 + 4}.get(condition, 6)
     assert scale in (None, settings.residual_scale)
     assert g.ending.weight.any() and not same(dict(g.state_dict()), load(world / "gen.pt")["state_dict"])
 
@@ -688,26 +690,40 @@ def test_finishing_starts_from_what_eq_5_has_trained(conditions):
     nn.init.normal_(g.ending.weight)
     x, y_r, d_t = torch.rand(3, 1, 3, 96, 96)
     gamma = torch.tensor([0.7], dtype=torch.float64)
-    started = start_from(g)
-    assert start_from(started) is started and started.config["conditions"] == 2
-    both = torch.cat([x, y_r], dim=1)
-    assert torch.equal(started(both, d_t, gamma), ddpm.noise_in(d_t, torch.zeros_like(d_t), gamma))
-    expected = g(both[:, :3 * conditions], d_t, gamma)
+    started = start_from(g, features=5)
+    assert started.config["conditions"] == 2 and started.config["features"] == 5
+    seen = torch.cat([x, y_r, torch.rand(1, 5, 96, 96)], dim=1)
+    assert torch.equal(started(seen, d_t, gamma), ddpm.noise_in(d_t, torch.zeros_like(d_t), gamma))
+    expected = g(seen[:, :3 * conditions], d_t, gamma)
     started.ending.load_state_dict(g.ending.state_dict())
     started.residual = False  # the U alone
     inside = slice(40, -40)   # what the padding does not reach
-    assert torch.allclose(started(both, d_t, gamma)[..., inside, inside], expected[..., inside, inside],
+    assert torch.allclose(started(seen, d_t, gamma)[..., inside, inside], expected[..., inside, inside],
                           atol=1e-5)
 
 
-def test_a_finished_g_is_finished_further(train, world, tmp_path):
+def test_finishing_goes_on_from_what_was_finished_before_r_had_features():
+    torch.manual_seed(2)
+    before = UNet(4, [1, 2], 1, 2, residual=True)
+    nn.init.normal_(before.ending.weight)
+    x, y_r, d_t = torch.rand(3, 1, 3, 40, 40)
+    gamma, seen = torch.tensor([0.7], dtype=torch.float64), torch.cat([x, y_r, torch.rand(1, 5, 40, 40)], 1)
+    started = start_from(before, features=5)
+    assert torch.allclose(started(seen, d_t, gamma), before(seen[:, :6], d_t, gamma), atol=1e-5)
+    assert start_from(UNet(4, [1, 2], 1, 2, residual=True, softness=0.4), features=5).softness == 0
+
+
+def test_a_finished_g_is_finished_further(train, world, tmp_path, capsys):
     once, twice = (tmp_path / name / "gen.pt" for name in ("once", "twice"))
     assert train("gen", "once", FINISH) == 0
     again = FINISH.replace("{world}/gen.pt", str(once))
     assert train("gen", "twice", again + " --lr 0 --iterations 1") == 0
     assert same(load(once)["state_dict"], load(twice)["state_dict"])
     settings = folder.load_gen(twice)[1]
-    assert settings.condition == "both" and settings.residual_scale == 8
+    assert settings.condition == "features" and settings.residual_scale == 8
+    capsys.readouterr()
+    assert train("gen", "again", f"--init {once}") == 2
+    assert "has been finished; give --finish" in refusal(capsys)
 
 
 def test_a_g_that_sees_only_r_of_x_is_not_finished(train, tmp_path, capsys):
@@ -716,6 +732,17 @@ def test_a_g_that_sees_only_r_of_x_is_not_finished(train, tmp_path, capsys):
     options = FINISH.replace("{world}/gen.pt", str(tmp_path / "initial" / "gen.pt"))
     assert train("gen", "finished", options) == 2
     assert "--finish needs a g that sees x" in refusal(capsys)
+
+
+def test_a_g_is_not_finished_for_an_r_without_its_features(train, tmp_path, capsys):
+    assert train("gen", "narrow", FINISH) == 0
+    again = FINISH.replace("{world}/gen.pt", str(tmp_path / "narrow" / "gen.pt"))
+    for name, r in (("wide", NAFNet(6, [1], 1, [1])), ("unet", UNet(4, blocks=1, noise_level=False))):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "recon.pt", "recon", r)
+        capsys.readouterr()
+        assert train("gen", name, again) == 2
+        assert "--finish needs a NAFNet for r" in refusal(capsys)
 
 
 def test_finishing_loss(world):
@@ -737,6 +764,27 @@ def test_finishing_loss(world):
     assert all(p.grad is not None and p.grad.isfinite().all()
                for p in g.parameters()) and g.intro.weight.grad.any()
     assert all(p.grad is None for p in lpips.parameters()) and not y_r.requires_grad
+
+
+@pytest.mark.parametrize("seed, period", list(enumerate([2, 4, 4, 2])))
+def test_finishing_guards_against_what_repeats_every_few_pixels(seed, period):
+    generator = torch.Generator().manual_seed(seed)
+    cell = torch.randn(period, period, generator=generator)
+    cell -= cell.mean()  # so that the guard on colour is silent
+    y = torch.rand(2, 3, 96, 96, generator=generator)
+
+    def loss(signs):
+        d_0 = torch.tensor(signs)[:, None, None, None] * cell.repeat(96 // period, 96 // period)
+
+        def g(condition, d_t, gamma):  # for which estimate gives this d_0
+            gamma = gamma.float()[:, None, None, None]
+            return (d_t - gamma.sqrt() * d_0) / (1 - gamma).sqrt()
+
+        return finishing_loss(g, lambda a, b: torch.zeros(2), y, y, y, 8.0, np.random.default_rng(seed)).item()
+
+    size = cell.abs().mean().item()
+    assert loss([1.0, -1.0]) == pytest.approx(ANCHOR * size, rel=1e-3)  # no place is special in the batch
+    assert loss([1.0, 1.0]) == pytest.approx(ANCHOR * size + GRID * size / 8, rel=1e-3)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
