@@ -780,7 +780,8 @@ def test_finishing_guards_against_what_repeats_every_few_pixels(seed, period):
             gamma = gamma.float()[:, None, None, None]
             return (d_t - gamma.sqrt() * d_0) / (1 - gamma).sqrt()
 
-        return finishing_loss(g, lambda a, b: torch.zeros(2), y, y, y, 8.0, np.random.default_rng(seed)).item()
+        generator = np.random.default_rng(seed)
+        return finishing_loss(g, lambda a, b: torch.zeros(2), y, y, y, 8.0, generator).item()
 
     size = cell.abs().mean().item()
     assert loss([1.0, -1.0]) == pytest.approx(ANCHOR * size, rel=1e-3)  # no place is special in the batch
