@@ -83,7 +83,7 @@ class RnG:
     def condition(self, x, y_r):
         """What g sees of patches x, y_r (N, 3, H, W), see unet.condition.
 
-        For a g that sees r's features r is asked once more, a tenth of the time; it must be its own NAFNet.
+        For a g that sees r's features r is asked once more, a ninth of the time; it must be its own NAFNet.
         """
         kind, features = self.settings.condition, None
         if kind == "features":
